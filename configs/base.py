@@ -1,0 +1,79 @@
+"""Every field of an experiment: unit, default, meaning. The other files in this folder are short diffs of this one."""
+
+from ml_collections import ConfigDict
+
+# Buckets of C1..C26, 19,044,490 in all: DeepRec's per-column table with C13 and C15 swapped (misaligned there).
+BUCKETS = (
+  2500, 2000, 5000000, 1500000, 1000, 100, 20000, 4000, 20, 100000, 10000, 5000000, 100,
+  100, 40000, 3000000, 50, 10000, 4000, 20, 4000000, 100, 100, 250000, 400, 100000,
+)  # fmt: skip
+
+
+def get_config() -> ConfigDict:
+  """The whole DLRM on Criteo-format CSVs: one epoch, then exact AUC over all of the evaluation file."""
+  c = ConfigDict()
+
+  # The run.
+  c.data_location = './data'  # folder of the training and evaluation files
+  c.output_dir = './result'  # a run writes into output_dir/model_DLRM_<timestamp>
+  c.checkpoint = ''  # folder to write into instead; when it holds checkpoints, the run resumes from the newest good one
+  c.seed = 2021  # of the initial weights and of the order of the data
+  c.batch_size = 512  # examples of one step, over all processes
+  c.steps = 0  # stop at this step of the model's life; 0: train `epochs` instead
+  c.epochs = 1  # passes over the training data, used when steps is 0
+  c.micro_batch = 1  # slices of a batch that go through the top MLP one after another: same numbers, less memory
+  c.no_eval = False  # True: never evaluate
+  c.eval_every = 0  # steps between evaluations; 0: only at the end
+  c.log_every = 100  # steps between lines of log, metrics.jsonl and event file
+  c.save_steps = 0  # steps between checkpoints; 0: only at the end
+  c.keep_checkpoint_max = 1  # newest checkpoints kept
+  c.timeline = 0  # steps between jax.profiler traces of one step; 0: none
+  c.smartstaged = True  # parse, hash and place batches in the background, ahead of the step
+  c.op_fusion = True  # XLA's fusion passes; False only to see what they are worth
+  c.inter = 0  # threads that parse and hash; 0: one
+  c.intra = 0  # threads of XLA; 0: one per core
+
+  # The data: label, I1..I13, C1..C26 in each row.
+  c.data = ConfigDict()
+  c.data.train = 'train.csv'  # file names or globs under data_location, comma-separated; .csv or .parquet
+  c.data.eval = 'eval.csv'  # likewise
+  c.data.streams = 16  # regions of the training data that are read side by side; fixes the order of the data
+  c.data.shuffle_rows = 20480  # rows of a stream that are shuffled together (at least 20000); 0: file order
+  c.data.dense_transform = 'log'  # of I1..I13. log: sign(x) log(1 + |x|); minmax: (x - min) / range; none
+  c.data.on_bad_row = 'error'  # error: stop, naming file, line and field; skip: leave it out and count it
+
+  # The model: bottom MLP on the integers, 26 embeddings, interaction, top MLP, one logit.
+  c.model = ConfigDict()
+  c.model.bottom_mlp = (512, 256, 64, 16)  # units per layer: Dense, ReLU, batch norm
+  c.model.top_mlp = (512, 256)  # units per hidden layer: Dense, ReLU; one logit follows
+  c.model.batch_norm = True  # in the bottom MLP, after the ReLU
+  c.model.interaction = 'cat'  # cat: concatenate; dot: also all dot products between the 27 vectors
+  c.model.dtype = 'float32'  # operands of the MLPs' matrix products: float32 or bfloat16 (sums are always float32)
+
+  # The embedding tables.
+  c.embedding = ConfigDict()
+  c.embedding.kind = 'static'  # static: row = Fingerprint64(string) mod buckets
+  c.embedding.dim = 16  # width of a vector
+  c.embedding.buckets = BUCKETS  # rows of C1..C26; a tuple of one number stands for 26 times that number
+  c.embedding.fusion = True  # True: one table for all 26 columns; False: one each. Same numbers
+  c.embedding.l2 = 0.0  # adds l2 * vector to the gradient of every touched row, once a step
+
+  # The optimizer, of dense parameters and of table rows alike.
+  c.optimizer = ConfigDict()
+  c.optimizer.name = 'adamasync'  # adam, adamasync, adagraddecay, adagrad, gradientdescent
+  c.optimizer.learning_rate = 0.01  # peak of the schedule
+  c.optimizer.warmup_steps = 0  # linear from 0 to learning_rate
+  c.optimizer.decay = 'constant'  # after the warm-up: constant, linear, cosine, exponential, polynomial (of power 2)
+  c.optimizer.decay_start = 0  # step at which the decay starts; 0: after the warm-up
+  c.optimizer.decay_steps = 0  # length of the decay
+  c.optimizer.final_factor = 0.0  # learning rate at the end of the decay, as a share of learning_rate
+  c.optimizer.weight_decay = 0.0  # decoupled: kernel -= learning rate * weight_decay * kernel; dense kernels only
+  c.optimizer.b1 = 0.9  # adam, adamasync
+  c.optimizer.b2 = 0.999  # adam, adamasync
+  c.optimizer.eps = 1e-8  # adam, adamasync: beside sqrt(v)
+  c.optimizer.rmsprop = False  # adamasync: on rows, RMSProp with momentum, without bias correction
+  c.optimizer.initial_accumulator = 0.1  # adagrad, adagraddecay
+  c.optimizer.accumulator_decay_steps = 100000  # adagraddecay: training steps between decays
+  c.optimizer.accumulator_decay_rate = 0.9  # adagraddecay: factor of each decay
+  c.optimizer.table_update = 'touched'  # touched: only rows of this batch (lazy); all: all rows, every step (slow)
+  return c

@@ -1,0 +1,115 @@
+"""The flags of DeepRec's modelzoo/DLRM/train.py: --config="configs/deeprec.py:--bf16 --optimizer=adagrad".
+
+The only place that knows the old names and values. Three things differ from base: 10,000 buckets for every column and
+a learning rate of 0.01, as in their script; and `--tf`, which turns DeepRec's features off.
+"""
+
+import argparse
+import shlex
+from typing import NoReturn
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+# What a flag may be called with today; other values answer "not yet".
+NOT_YET = {
+  'ev': False,
+  'adaptive_emb': False,
+  'ev_elimination': None,
+  'ev_filter': None,
+  'dynamic_ev': False,
+  'incremental_ckpt': 0,
+  'workqueue': False,
+  'protocol': 'grpc',
+  'input_layer_partitioner': 8,
+  'dense_layer_partitioner': 16,
+}
+
+
+class Parser(argparse.ArgumentParser):
+  """Raises where argparse would exit."""
+
+  def error(self, message: str) -> NoReturn:
+    """ValueError with the known flags where one is unknown."""
+    if message.startswith('unrecognized'):
+      message += '; known are ' + ' '.join(sorted(self._option_string_actions))
+    raise ValueError(f'configs/deeprec.py: {message}')
+
+
+def _boolean(text: str) -> bool:
+  values = {'true': True, 't': True, 'yes': True, '1': True, 'false': False, 'f': False, 'no': False, '0': False}
+  if text.lower() not in values:
+    raise argparse.ArgumentTypeError(f'{text!r} is neither true nor false')
+  return values[text.lower()]
+
+
+def _optional(*names: str) -> dict:
+  convert = lambda text: None if text in ('None', 'none', '') else text
+  return {'type': convert, 'default': None, 'choices': [None, *names]}
+
+
+def parser() -> argparse.ArgumentParser:
+  """The seed's flags with the seed's defaults."""
+  p = Parser(prog='deeprec', allow_abbrev=False, add_help=False)
+  switch = lambda name, default: p.add_argument(name, type=_boolean, nargs='?', const=True, default=default)
+  p.add_argument('--data_location', default='./data')
+  p.add_argument('--steps', type=int, default=0)
+  p.add_argument('--batch_size', type=int, default=512)
+  p.add_argument('--output_dir', default='./result')
+  p.add_argument('--checkpoint', default='')
+  p.add_argument('--save_steps', type=int, default=0)
+  p.add_argument('--seed', type=int, default=2021)
+  optimizers = ['adam', 'adamasync', 'adagraddecay', 'adagrad', 'gradientdescent']
+  p.add_argument('--optimizer', default='adamasync', choices=optimizers)
+  p.add_argument('--learning_rate', type=float, default=0.01)
+  p.add_argument('--keep_checkpoint_max', type=int, default=1)
+  p.add_argument('--timeline', type=int, default=0)
+  p.add_argument('--interaction_op', default='cat', choices=['dot', 'cat'])
+  p.add_argument('--inter', type=int, default=0)
+  p.add_argument('--intra', type=int, default=0)
+  p.add_argument('--input_layer_partitioner', type=int, default=8)
+  p.add_argument('--dense_layer_partitioner', type=int, default=16)
+  p.add_argument('--micro_batch', type=int, default=0)
+  p.add_argument('--incremental_ckpt', type=int, default=0)
+  p.add_argument('--protocol', default='grpc', choices=['grpc', 'grpc++', 'star_server'])
+  p.add_argument('--ev_elimination', **_optional('l2', 'gstep'))
+  p.add_argument('--ev_filter', **_optional('counter', 'cbf'))
+  for name in ('bf16', 'tf', 'no_eval', 'ev', 'adaptive_emb', 'dynamic_ev', 'workqueue'):
+    switch(f'--{name}', False)
+  for name in ('emb_fusion', 'op_fusion', 'smartstaged'):
+    switch(f'--{name}', True)
+  return p
+
+
+def get_config(flags: str = '') -> ConfigDict:
+  """The experiment that these flags name."""
+  args = parser().parse_args(shlex.split(flags))
+  for name, only in NOT_YET.items():
+    if getattr(args, name) != only:
+      raise ValueError(f'configs/deeprec.py: --{name}={getattr(args, name)} is not yet here; leave it out or at {only}')
+  config = base.get_config()
+  same = ('data_location', 'steps', 'batch_size', 'output_dir', 'checkpoint', 'save_steps', 'seed', 'no_eval')
+  for name in (*same, 'keep_checkpoint_max', 'timeline', 'inter', 'intra', 'smartstaged', 'op_fusion'):
+    config[name] = getattr(args, name)
+  config.micro_batch = max(1, args.micro_batch)
+  config.optimizer.name = args.optimizer
+  config.optimizer.learning_rate = args.learning_rate
+  config.model.interaction = args.interaction_op
+  config.model.dtype = 'bfloat16' if args.bf16 else 'float32'
+  config.embedding.fusion = args.emb_fusion
+  config.embedding.buckets = (10_000,)
+  if args.tf:
+    _community_tensorflow(config)
+  return config
+
+
+def _community_tensorflow(config: ConfigDict) -> None:
+  # There, too, it wins over whatever other flags say.
+  config.model.dtype = 'float32'
+  config.embedding.fusion = False
+  config.smartstaged = False
+  config.micro_batch = 1
+  config.op_fusion = False
+  config.optimizer.name = 'adam'
+  config.optimizer.table_update = 'all'

@@ -1,0 +1,150 @@
+"""Whole checkpoints with Orbax: state, data position and config together. A resumed run equals an unstopped one."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import serialization
+
+from dlrm_jax import spec as specs
+from dlrm_jax.program import Program
+from dlrm_jax.spec import Spec
+from dlrm_jax.state import init_state
+from dlrm_jax.structs import TrainState
+
+# What fixes the shapes of the state. A checkpoint that differs here is of another model.
+MODEL_FIELDS = ('model', 'embedding.kind', 'embedding.dim', 'embedding.buckets', 'embedding.fusion', 'optimizer.name')
+# Precision is how a model computes, not what it is: bf16 may go on from f32.
+FREE_FIELDS = ('model.dtype',)
+
+
+class CheckpointError(ValueError):
+  """A checkpoint that cannot be used; the message is one line for the user."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+  """What a checkpoint holds."""
+
+  step: int
+  state: TrainState
+  position: dict[str, Any]  # of the data, after the last trained batch
+  spec: dict[str, Any]  # of the run that wrote it
+
+
+class Checkpoints:
+  """The checkpoints of one run, under `folder`/<step>, the newest `keep` of them. A context manager."""
+
+  def __init__(self, folder: Path, keep: int) -> None:
+    self.folder = folder.absolute()
+    # Embeddings hardly compress: without compression a save takes a fifth of the time.
+    handlers = {
+      'state': ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False),
+      'position': ocp.JsonCheckpointHandler(),
+      'config': ocp.JsonCheckpointHandler(),
+    }
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+    self._manager = ocp.CheckpointManager(self.folder, item_handlers=handlers, options=options)
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._manager.close()
+
+  def steps(self) -> list[int]:
+    """Steps of the complete checkpoints, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def save(self, state: TrainState, position: dict[str, Any], spec: Spec) -> None:
+    """Writes in the background; an error of the save before this one is raised here."""
+    step = int(state.step)
+    if step in self._manager.all_steps():
+      return
+    items = ocp.args.Composite(
+      state=ocp.args.PyTreeSave(to_dict(state)),
+      position=ocp.args.JsonSave(position),
+      config=ocp.args.JsonSave(specs.to_dict(spec)),
+    )
+    self._manager.save(step, args=items, force=True)
+
+  def wait(self) -> None:
+    """Returns when everything saved is on the disk; raises what went wrong."""
+    self._manager.wait_until_finished()
+
+  def restore(self, program: Program) -> Restored | None:
+    """The newest checkpoint that can be read; None if there is none at all. CheckpointError for another model's."""
+    for step in reversed(self.steps()):
+      try:
+        return self._restore(step, program)
+      except CheckpointError:
+        raise
+      except Exception as error:
+        logging.warning('checkpoint %s/%d cannot be read and is put aside: %s', self.folder, step, first_line(error))
+        self._put_aside(step)
+    return None
+
+  def _restore(self, step: int, program: Program) -> Restored:
+    side = ocp.args.Composite(position=ocp.args.JsonRestore(), config=ocp.args.JsonRestore())
+    items = self._manager.restore(step, args=side)
+    check_same_model(items.config, specs.to_dict(program.spec), f'{self.folder}/{step}')
+    template = jax.eval_shape(lambda: init_state(program))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    placed = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+    abstract = jax.tree.map(placed, to_dict(template))
+    restore = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
+    tree = self._manager.restore(step, args=ocp.args.Composite(state=restore)).state
+    return Restored(step, from_dict(template, tree), items.position, items.config)
+
+  def _put_aside(self, step: int) -> None:
+    source = self.folder / str(step)
+    source.rename(self.folder / f'damaged-{step}')
+    self._manager.reload()
+
+
+def to_dict(state: TrainState) -> dict[str, Any]:
+  """The state as nested dictionaries of arrays, without the tables' scratch, which no step reads before writing."""
+  tree = serialization.to_state_dict(state)
+  for table in tree['tables'].values():
+    del table['scratch']
+  return tree
+
+
+def from_dict(template: TrainState, tree: dict[str, Any]) -> TrainState:
+  """The inverse of `to_dict`; `template` gives the types."""
+  tables = {
+    name: table | {'scratch': jax.numpy.zeros(template.tables[name].scratch.shape, 'int32')}
+    for name, table in tree['tables'].items()
+  }
+  return serialization.from_state_dict(template, tree | {'tables': tables})
+
+
+def check_same_model(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:
+  """Raises CheckpointError naming the first field in which a checkpoint's model differs from the configured one."""
+  saved, current = _flat(saved), _flat(current)
+  for name in current:
+    of_model = any(name == field or name.startswith(field + '.') for field in MODEL_FIELDS)
+    if of_model and name not in FREE_FIELDS and saved.get(name) != current[name]:
+      raise CheckpointError(
+        f'{where} is a checkpoint of another model: config.{name} is {saved.get(name)} there and {current[name]} here; '
+        f'set it to the same, or config.checkpoint to another folder'
+      )
+
+
+def _flat(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+  flat = {}
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      flat |= _flat(value, f'{prefix}{name}.')
+    else:
+      flat[prefix + name] = list(value) if isinstance(value, tuple) else value
+  return flat
+
+
+def first_line(error: BaseException) -> str:
+  """An exception in one line."""
+  text = str(error).strip()
+  return text.splitlines()[0] if text else type(error).__name__

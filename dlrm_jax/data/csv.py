@@ -1,0 +1,180 @@
+"""One CSV file: an index of its lines, and packed rows of any range of them.
+
+Arrow's reader parses a range of rows at once; only where it refuses is the range looked at line by line (`bad_rows`).
+"""
+
+import dataclasses
+import logging
+import os
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import csv as arrow_csv
+
+from dlrm_jax.data import bad_rows
+from dlrm_jax.data.encode import WIDTH, encode
+from dlrm_jax.data.schema import CATEGORIES, COLUMNS, INTEGERS, LABEL, DataError, DataSpec
+
+# The index keeps one count a block; finding a row scans one block.
+BLOCK = 1 << 18
+
+# Arrow parses a range in pieces of this size: they fit the second-level cache, which makes it half as fast again.
+PARSE_BYTES = 1 << 18
+
+# Lines that are checked before training starts.
+CHECKED_LINES = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class CsvFile:
+  """A CSV file whose lines have been counted.
+
+  Attributes:
+    path: the file.
+    size: its bytes without blank lines at the end.
+    rows: its lines; line r + 1 is row r.
+    newlines: `i64[blocks + 1]`, how many line feeds come before each block.
+  """
+
+  path: str
+  size: int
+  rows: int
+  newlines: np.ndarray
+
+  def read(self, start: int, stop: int, spec: DataSpec) -> np.ndarray:
+    """Packed rows `u32[stop - start, 41]` of rows [start, stop); raises `DataError` at a bad row, or zeros it."""
+    with open(self.path, 'rb', buffering=0) as file:
+      if os.fstat(file.fileno()).st_size < self.size:
+        raise DataError(f'{self.path} has become shorter since its lines were counted; start again')
+      begin = self._offset(file.fileno(), start)
+      data = _pread(file.fileno(), begin, self._offset(file.fileno(), stop) - begin)
+    # Arrow takes both of these as part of an id, a quote that does not close only at the end of what it is given.
+    odd = b'\0' in data or (b'"' in data and data.count(b'"') % 2)
+    columns = None if odd else _parse(data, stop - start)
+    return self._read_slowly(data, start, spec) if columns is None else encode(columns, spec)
+
+  def _offset(self, descriptor: int, row: int) -> int:
+    """Where a row begins in the file."""
+    if row in (0, self.rows):
+      return self.size if row else 0
+    block = int(np.searchsorted(self.newlines, row)) - 1
+    data = np.frombuffer(_pread(descriptor, block * BLOCK, BLOCK), np.uint8)
+    return block * BLOCK + int(np.flatnonzero(data == ord('\n'))[row - self.newlines[block] - 1]) + 1
+
+  def _read_slowly(self, data: bytes, start: int, spec: DataSpec) -> np.ndarray:
+    """`read` for rows that Arrow refuses: finds the bad lines exactly and parses the others."""
+    lines = data.removesuffix(b'\n').split(b'\n')
+    good = np.ones(len(lines), bool)
+    for i, line in enumerate(lines):
+      row = start + i
+      fault = bad_rows.fault(line, first=row == 0, cut=row == self.rows - 1 and not data.endswith(b'\n'))
+      if fault:
+        message = f'{self.path}, line {row + 1}, {fault}'
+        if spec.on_bad_row == 'error':
+          raise DataError(f"{message} (or set data.on_bad_row='skip' to leave such rows out)")
+        if good.all():
+          logging.getLogger(__name__).warning('skipped: %s', message)
+        good[i] = False
+    rows = np.zeros((len(lines), WIDTH), np.uint32)
+    if good.any():
+      columns = _parse(b'\n'.join(line for line, ok in zip(lines, good, strict=True) if ok) + b'\n', int(good.sum()))
+      if columns is None:
+        raise DataError(
+          f'{self.path}, lines {start + 1} to {start + len(lines)}: there is a field here that the CSV reader refuses; '
+          'write numbers as plain digits'
+        )
+      rows[good] = encode(columns, spec)
+    return rows
+
+
+def index_csv(path: str, on_bad_row: str) -> CsvFile:
+  """Counts the lines of a CSV file and checks its first ones and its last.
+
+  Raises:
+    DataError: the file is empty, or a checked line is bad; where bad rows are skipped, only if all of the first are.
+  """
+  with open(path, 'rb', buffering=0) as file:
+    descriptor = file.fileno()
+    size = _size_without_blank_end(descriptor)
+    if size == 0:
+      raise DataError(f'{path} is empty; write it again (python -m dlrm_jax.data.prepare makes it from train.txt)')
+    counts = [_pread(descriptor, at, min(BLOCK, size - at)).count(b'\n') for at in range(0, size, BLOCK)]
+    newlines = np.cumsum([0, *counts], dtype=np.int64)
+    rows = int(newlines[-1]) + (_pread(descriptor, size - 1, 1) != b'\n')
+    indexed = CsvFile(path, size, rows, newlines)
+    head = _pread(descriptor, 0, indexed._offset(descriptor, min(CHECKED_LINES, rows)))
+    begin = indexed._offset(descriptor, rows - 1)
+    tail = _pread(descriptor, begin, size - begin)
+  _check(indexed, head, tail, on_bad_row)
+  return indexed
+
+
+def _check(indexed: CsvFile, head: bytes, tail: bytes, on_bad_row: str) -> None:
+  """Raises for the first bad line of `head` and `tail`; where bad rows are skipped, only if nothing else is there."""
+  lines = head.removesuffix(b'\n').split(b'\n')
+  cut = not tail.endswith(b'\n')
+  faults = [bad_rows.fault(line, first=i == 0, cut=cut and i == indexed.rows - 1) for i, line in enumerate(lines)]
+  rows = [i for i, fault in enumerate(faults) if fault]
+  if rows and (on_bad_row == 'error' or len(rows) == len(lines)):
+    raise DataError(f'{indexed.path}, line {rows[0] + 1}, {faults[rows[0]]}')
+  if on_bad_row == 'error':
+    fault = bad_rows.fault(tail.removesuffix(b'\n'), first=indexed.rows == 1, cut=cut)
+    if fault:
+      raise DataError(f'{indexed.path}, line {indexed.rows}, {fault}')
+
+
+def _pread(descriptor: int, offset: int, size: int) -> bytes:
+  """Bytes [offset, offset + size) of a file, in as many reads as it takes; fewer at its end."""
+  parts = []
+  while size > 0 and (part := os.pread(descriptor, size, offset)):
+    parts.append(part)
+    offset += len(part)
+    size -= len(part)
+  return parts[0] if len(parts) == 1 else b''.join(parts)
+
+
+def _size_without_blank_end(descriptor: int) -> int:
+  """Bytes of the file up to the end of the last line that is not blank, its line feed included."""
+  size = os.fstat(descriptor).st_size
+  while size > 0:
+    begin = max(size - BLOCK, 0)
+    block = _pread(descriptor, begin, size - begin)
+    text = block.rstrip(b' \r\n')
+    if text:
+      line_end = block.find(b'\n', len(text))
+      return begin + (line_end + 1 if line_end >= 0 else len(block))
+    size = begin
+  return 0
+
+
+def _parse(data: bytes, rows: int) -> list[pa.Array] | None:
+  """The 40 columns, numbers as int64 or else as float64; None if a line is bad."""
+  for number in (pa.int64(), pa.float64()):
+    try:
+      table = arrow_csv.read_csv(
+        pa.BufferReader(data),
+        arrow_csv.ReadOptions(use_threads=False, block_size=PARSE_BYTES, column_names=COLUMNS),
+        arrow_csv.ParseOptions(ignore_empty_lines=False),
+        arrow_csv.ConvertOptions(
+          column_types=dict.fromkeys((LABEL, *INTEGERS), number) | dict.fromkeys(CATEGORIES, pa.string()),
+          null_values=[''],
+          strings_can_be_null=False,
+          check_utf8=not data.isascii(),  # ASCII is UTF-8, and much faster to see
+        ),
+      )
+    except pa.ArrowInvalid:
+      continue
+    columns = [column.combine_chunks() for column in table.columns]
+    if len(table) == rows and _valid(columns):
+      return columns
+  return None
+
+
+def _valid(columns: list[pa.Array]) -> bool:
+  """Whether the labels are 0 and 1 and the numbers fit 64 bits (only floats can be infinite, NaN or beyond)."""
+  label, numbers = columns[0], columns[1 : 1 + len(INTEGERS)]
+  if label.null_count or not np.isin(label.to_numpy(), (0, 1)).all():
+    return False
+  return pa.types.is_integer(label.type) or all(
+    (np.abs(column.drop_null().to_numpy()) < 2.0**63).all() for column in numbers
+  )

@@ -1,0 +1,131 @@
+"""What a run tells: log lines and a progress bar on stderr, metrics.jsonl, event files for TensorBoard."""
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+Scalars = dict[str, float | int | None]
+
+
+def setup_logging() -> None:
+  """Log lines of this program on stderr; other libraries only from warnings on."""
+  # force: absl has put a handler of its own there.
+  form = {'format': '%(asctime)s %(message)s', 'datefmt': '%H:%M:%S'}
+  logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True, **form)
+  for name in ('absl', 'jax', 'orbax', 'tensorboardX', 'grain'):
+    logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class Records:
+  """metrics.jsonl and event files of a run in `folder`. A context manager.
+
+  A run that resumes at `step` goes on in the same files; what an earlier process wrote after that step is dropped,
+  since those steps are trained again.
+  """
+
+  def __init__(self, folder: Path, step: int) -> None:
+    path = folder / 'metrics.jsonl'
+    kept = [line for line in _lines(path) if json.loads(line)['step'] <= step]
+    path.write_text(''.join(kept))
+    self._file = path.open('a', buffering=1)
+    # purge_step: TensorBoard, too, forgets what comes after.
+    self._events = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+
+  def __enter__(self) -> 'Records':
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._file.close()
+    self._events.close()
+
+  def write(self, kind: str, step: int, scalars: Scalars) -> None:
+    """One line and one point per scalar. `kind` is train or eval."""
+    self._file.write(json.dumps({'step': step, 'kind': kind, 'time': round(time.time(), 3), **scalars}) + '\n')
+    for name, value in scalars.items():
+      if value is not None:
+        self._events.add_scalar(f'{kind}/{name}', value, step)
+
+
+def _lines(path: Path) -> list[str]:
+  if not path.exists():
+    return []
+  # A killed process may have left half a line.
+  return [line for line in path.read_text().splitlines(keepends=True) if line.endswith('}\n')]
+
+
+class Progress:
+  """A bar with rate and time left on a terminal; nothing elsewhere, where log lines must do. A context manager."""
+
+  def __init__(self, step: int, last_step: int, batch_size: int) -> None:
+    terminal = sys.stderr.isatty()
+    self._bar = tqdm(
+      total=last_step * batch_size, initial=step * batch_size, unit=' samples', unit_scale=True,
+      disable=not terminal, dynamic_ncols=True, smoothing=0.1, desc='train',
+    )  # fmt: skip
+    self._batch_size = batch_size
+    self._redirect = logging_redirect_tqdm()
+
+  def __enter__(self) -> 'Progress':
+    self._redirect.__enter__()
+    return self
+
+  def __exit__(self, *error: Any) -> None:
+    self._bar.close()
+    self._redirect.__exit__(*error)
+
+  @property
+  def visible(self) -> bool:
+    """Whether there is a terminal that shows the bar."""
+    return not self._bar.disable
+
+  def advance(self) -> None:
+    """One more step."""
+    self._bar.update(self._batch_size)
+
+  def show(self, loss: float) -> None:
+    """The loss beside the bar."""
+    self._bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)
+
+
+class Stopwatch:
+  """Seconds and examples of steady training: the first `skip` steps and what is between pause and go are left out."""
+
+  def __init__(self, skip: int) -> None:
+    self._skip = skip
+    self._examples = 0
+    self._seconds = 0.0
+    self._since: float | None = None
+
+  def count(self, examples: int, result: Any) -> None:
+    """Another step was started, whose `result` can be waited for."""
+    if self._skip > 0:
+      self._skip -= 1
+      if self._skip == 0:
+        jax.block_until_ready(result)
+        self.go()
+    else:
+      self._examples += examples
+
+  def go(self) -> None:
+    """The clock runs from here, unless steps are still to be skipped."""
+    if self._skip == 0:
+      self._since = time.perf_counter()
+
+  def pause(self, result: Any) -> None:
+    """Waits for `result`, that of the last step, and stops the clock."""
+    jax.block_until_ready(result)
+    if self._since is not None:
+      self._seconds += time.perf_counter() - self._since
+      self._since = None
+
+  def rate(self) -> float | None:
+    """Samples per second so far; None before the first. Call it while paused."""
+    return self._examples / self._seconds if self._examples else None

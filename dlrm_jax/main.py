@@ -1,0 +1,93 @@
+"""python -m dlrm_jax.main --config=configs/bf16.py [--config.field=value ...]"""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from dlrm_jax import spec as specs
+
+FLAGS = flags.FLAGS
+config_flags.DEFINE_config_file('config', None, 'Experiment file, for example configs/bf16.py.', lock_config=True)
+
+
+def main(argv: list[str]) -> int:
+  """Runs the experiment; the exit code is 0 only if everything was written."""
+  try:
+    spec = specs.from_config(parse(argv))
+  except specs.SpecError as error:
+    return fail(error, 2)
+  set_threads(spec.intra)
+  # Only now, with the threads set, may JAX start.
+  from dlrm_jax import train
+  from dlrm_jax.checkpoint.full import CheckpointError
+  from dlrm_jax.data.schema import DataError
+  from dlrm_jax.logs import setup_logging
+
+  setup_logging()
+  try:
+    train.run(spec)
+  except (CheckpointError, DataError, train.TrainingError, OSError) as error:
+    return fail(error, 1)
+  except train.Stopped as error:
+    print(error, file=sys.stderr)
+    return 128 + error.number
+  return 0
+
+
+def parse(argv: list[str]) -> ConfigDict:
+  """The config that the command line names. SpecError, one line, for anything that cannot be understood."""
+  try:
+    for name, value in overrides(argv):
+      specs.check_override(name, value)
+    rest = FLAGS(argv)
+    config = FLAGS.config
+    list(config or ())  # a file that could not be loaded says so only when it is looked at
+  except (flags.Error, ValueError, TypeError) as error:
+    raise specs.SpecError(one_line(error)) from None
+  except OSError as error:
+    raise specs.SpecError(f'the config file cannot be read: {str(error).splitlines()[-1].strip()}') from None
+  if len(rest) > 1:
+    raise specs.SpecError(f'{rest[1]!r} is not a flag; fields are set with --config.field=value')
+  if config is None:
+    raise specs.SpecError('no experiment; name one with --config=configs/base.py')
+  return config
+
+
+def one_line(error: BaseException) -> str:
+  """The message; where it holds the whole traceback of a config file, the last line of that."""
+  text = str(error).strip()
+  if 'Traceback' in text:
+    return text.splitlines()[-1].partition(': ')[2]
+  return ' '.join(text.split())
+
+
+def overrides(argv: list[str]) -> Iterator[tuple[str, str | None]]:
+  """Each (field, value) that the command line sets; None where a bare --config.field stands for True."""
+  words = iter(argv[1:])
+  for word in words:
+    match = re.fullmatch(r'--?(?:no)?config\.([\w.]+)(?:=(.*))?', word, re.DOTALL)
+    if match:
+      name, value = match.groups()
+      if value is None and specs.field_type(name) is not bool:
+        value = next(words, '')
+      yield name, value
+
+
+def set_threads(count: int) -> None:
+  """Limits the threads of XLA, which reads this variable when it starts."""
+  if count:
+    os.environ['NPROC'] = str(count)
+
+
+def fail(error: BaseException, code: int) -> int:
+  """One line on stderr."""
+  print(f'error: {error}', file=sys.stderr)
+  return code
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv))

@@ -1,0 +1,77 @@
+"""The static parts of a training program, bound once: model, layout of the tables, optimizers."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import optax
+from jax import Array
+
+from dlrm_jax.embeddings.layout import TableLayout, static_layout
+from dlrm_jax.embeddings.update import update_all, update_rows
+from dlrm_jax.model.dlrm import DLRM
+from dlrm_jax.optim import OPTIMIZERS, dense_transform
+from dlrm_jax.optim.schedules import LearningRate, schedule
+from dlrm_jax.spec import OptimizerSpec, Spec
+from dlrm_jax.structs import Table
+
+TABLE_UPDATES = {'touched': update_rows, 'all': update_all}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What a step does, apart from its state."""
+
+  spec: Spec
+  model: DLRM
+  layout: dict[str, TableLayout]
+  dense_tx: optax.GradientTransformation
+  table_tx: optax.GradientTransformation
+  update_table: Callable[[Table, Array, Array], Table]  # (table, row i32[N], gradient f32[N, D]) -> table
+
+
+def make_program(spec: Spec) -> Program:
+  """The program of an experiment."""
+  options, rate = spec.optimizer, learning_rate(spec.optimizer)
+  make = OPTIMIZERS[options.name]
+  table_tx = make(rate, **OPTIONS[options.name](options))
+  # DeepRec has the RMSProp mode for table rows alone.
+  dense_tx = make(rate, **OPTIONS[options.name](dataclasses.replace(options, rmsprop=False)))
+  return Program(
+    spec=spec,
+    model=DLRM(spec.model),
+    layout=static_layout(spec.embedding),
+    dense_tx=dense_transform(dense_tx, rate, options.weight_decay),
+    table_tx=table_tx,
+    update_table=functools.partial(TABLE_UPDATES[options.table_update], table_tx, l2=spec.embedding.l2),
+  )
+
+
+def learning_rate(spec: OptimizerSpec) -> LearningRate:
+  """The learning rate as a schedule, or as a number if it never changes."""
+  start = spec.decay_start or None
+  return schedule(
+    spec.decay, spec.learning_rate, spec.warmup_steps, spec.decay_steps, start, spec.final_factor
+  )
+
+
+def _adam_options(spec: OptimizerSpec) -> dict[str, Any]:
+  return {'b1': spec.b1, 'b2': spec.b2, 'eps': spec.eps}
+
+
+def _adagrad_options(spec: OptimizerSpec) -> dict[str, Any]:
+  return {'initial_accumulator': spec.initial_accumulator}
+
+
+def _decay_options(spec: OptimizerSpec) -> dict[str, Any]:
+  return {'decay_steps': spec.accumulator_decay_steps, 'decay_rate': spec.accumulator_decay_rate}
+
+
+OPTIONS = {
+  'adam': _adam_options,
+  'adamasync': lambda spec: _adam_options(spec) | {'rmsprop': spec.rmsprop},
+  'adagraddecay': lambda spec: _adagrad_options(spec) | _decay_options(spec),
+  'adagrad': _adagrad_options,
+  'gradientdescent': lambda spec: {},
+}

@@ -1,0 +1,91 @@
+"""The data of a run: what a spec names, opened, and where in it a run stands."""
+
+import dataclasses
+import logging
+from typing import Any
+
+import jax
+
+from dlrm_jax.data import pipeline
+from dlrm_jax.data.index import FileIndex, index_files
+from dlrm_jax.data.schema import DataError, DataSpec
+from dlrm_jax.data.stage import Staged, stage
+from dlrm_jax.spec import Spec
+
+Position = dict[str, int]  # {'epoch', 'position'}: epochs done, rows of the next one done
+START: Position = {'epoch': 0, 'position': 0}
+# Batches that are ready ahead of the step: enough to ride out a slow window, little memory.
+STAGE_DEPTH = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Sources:
+  """Training and (unless there is no evaluation) evaluation files."""
+
+  reading: DataSpec
+  train: FileIndex
+  eval: FileIndex | None
+
+
+def open_sources(spec: Spec) -> Sources:
+  """Finds, counts and checks the files. DataError, with file and fix, if something is wrong with them."""
+  reading = DataSpec(
+    location=spec.data_location,
+    buckets=spec.embedding.buckets,
+    threads=max(1, spec.inter),
+    **dataclasses.asdict(spec.data),
+  )
+  sources = Sources(
+    reading,
+    train=index_files(spec.data.train, spec.data_location, spec.data.on_bad_row),
+    eval=None if spec.no_eval else index_files(spec.data.eval, spec.data_location, spec.data.on_bad_row),
+  )
+  logging.info(
+    'data: %s rows to train on, %s to evaluate',
+    f'{sources.train.rows:,}', f'{sources.eval.rows:,}' if sources.eval else 'none',
+  )  # fmt: skip
+  return sources
+
+
+def train_batches(sources: Sources, spec: Spec, position: Position) -> Staged:
+  """(batch on the device, position after it), from `position` on without end. A context manager and iterator."""
+  batches = pipeline.train_batches(sources.train, sources.reading, spec.batch_size, spec.seed, state=position)
+  return stage(batches, jax.device_put, STAGE_DEPTH, background=spec.smartstaged)
+
+
+def eval_batches(sources: Sources, spec: Spec) -> Staged:
+  """(batch on the device, position after it), once over the evaluation data. A context manager and iterator."""
+  batches = pipeline.eval_batches(sources.eval, sources.reading, spec.batch_size)
+  return stage(batches, jax.device_put, STAGE_DEPTH, background=spec.smartstaged)
+
+
+def remaining_batches(sources: Sources, spec: Spec, position: Position) -> int:
+  """Batches from `position` to the end of the last of `spec.epochs` epochs."""
+  rows = sources.train.rows
+  whole = (spec.epochs - position['epoch'] - 1) * pipeline.batches_per_epoch(rows, spec.batch_size)
+  return max(0, whole + pipeline.batches_per_epoch(rows - position['position'], spec.batch_size))
+
+
+def to_saved(sources: Sources, spec: Spec, position: Position) -> dict[str, Any]:
+  """A position as it goes into a checkpoint: with what makes it mean the same rows again."""
+  order = {'seed': spec.seed, 'streams': spec.data.streams, 'shuffle_rows': spec.data.shuffle_rows}
+  return {**position, 'rows': sources.train.rows, 'order': order}
+
+
+def from_saved(sources: Sources, spec: Spec, saved: dict[str, Any]) -> Position:
+  """Where to go on. DataError if the same data is to be read in another order before its epoch has ended.
+
+  Other data (another number of rows) starts at its beginning: training goes on with the next day's file.
+  """
+  now = to_saved(sources, spec, {name: saved[name] for name in START})
+  if saved['rows'] != now['rows']:
+    logging.info('the checkpoint saw %d rows of data, here are %d: from the first row', saved['rows'], now['rows'])
+    return START
+  for name, value in saved['order'].items():
+    if value != now['order'][name] and saved['position']:
+      field = 'seed' if name == 'seed' else f'data.{name}'
+      raise DataError(
+        f'the checkpoint is at row {saved["position"]} of an epoch read with config.{field}={value}; with '
+        f'{now["order"][name]} rows would be lost or repeated. Set it to {value} until the epoch has ended'
+      )
+  return {name: saved[name] for name in START}

@@ -1,0 +1,254 @@
+"""An experiment as frozen dataclasses. Every user error of a config is raised here, once, naming field, value and fix.
+
+Nothing here imports JAX: the number of its threads is read from a spec before JAX starts.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+COLUMNS = 26
+
+TYPE_NAMES = {
+  int: 'a whole number',
+  float: 'a number',
+  bool: 'True or False',
+  str: 'a text',
+  tuple[int, ...]: 'whole numbers, such as (512, 256)',
+}
+
+Check = tuple[Callable[[Any], bool], str]
+
+
+class SpecError(ValueError):
+  """A config that cannot be run; the message is one line for the user."""
+
+
+def _field(check: Check) -> Any:
+  return dataclasses.field(metadata={'check': check})
+
+
+def _one_of(*names: str) -> Any:
+  return _field((lambda value: value in names, f'must be one of {", ".join(names)}'))
+
+
+def _at_least(low: float) -> Any:
+  return _field((lambda value: value >= low and math.isfinite(value), f'must be at least {low}'))
+
+
+def _above(low: float) -> Any:
+  return _field((lambda value: value > low and math.isfinite(value), f'must be greater than {low}'))
+
+
+def _between(low: float, high: float) -> Any:
+  return _field((lambda value: low <= value < high, f'must be at least {low} and less than {high}'))
+
+
+def _each_at_least(low: int, text: str) -> Any:
+  return _field((lambda values: len(values) > 0 and min(values) >= low, text))
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+  """Where the rows come from and in which order."""
+
+  train: str = _field((bool, 'must name a file or glob'))
+  eval: str = _field((bool, 'must name a file or glob'))
+  streams: int = _at_least(1)
+  shuffle_rows: int = _field((lambda rows: rows == 0 or rows >= 20000, 'must be 0 (file order) or at least 20000'))
+  dense_transform: str = _one_of('log', 'minmax', 'none')
+  on_bad_row: str = _one_of('error', 'skip')
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+  """The network between integers, vectors and logit."""
+
+  bottom_mlp: tuple[int, ...] = _each_at_least(1, 'must be one or more layer sizes of at least 1')
+  top_mlp: tuple[int, ...] = _each_at_least(1, 'must be one or more layer sizes of at least 1')
+  batch_norm: bool
+  interaction: str = _one_of('cat', 'dot')
+  dtype: str = _one_of('float32', 'bfloat16')
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingSpec:
+  """The embedding tables."""
+
+  kind: str = _one_of('static')
+  dim: int = _at_least(1)
+  buckets: tuple[int, ...] = _field(
+    (
+      lambda sizes: len(sizes) in (1, COLUMNS) and min(sizes) >= 1 and sum(sizes) * COLUMNS < 2**31 * len(sizes),
+      f'must be one number or {COLUMNS} numbers of at least 1, less than 2**31 rows in all',
+    )
+  )
+  fusion: bool
+  l2: float = _at_least(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSpec:
+  """The optimizer of dense parameters and table rows, and the schedule of its learning rate."""
+
+  name: str = _one_of('adam', 'adamasync', 'adagraddecay', 'adagrad', 'gradientdescent')
+  learning_rate: float = _above(0)
+  warmup_steps: int = _at_least(0)
+  decay: str = _one_of('constant', 'linear', 'cosine', 'exponential', 'polynomial')
+  decay_start: int = _at_least(0)
+  decay_steps: int = _at_least(0)
+  final_factor: float = _field((lambda factor: 0 <= factor <= 1, 'must be from 0 to 1'))
+  weight_decay: float = _at_least(0)
+  b1: float = _between(0, 1)
+  b2: float = _between(0, 1)
+  eps: float = _above(0)
+  rmsprop: bool
+  initial_accumulator: float = _above(0)
+  accumulator_decay_steps: int = _at_least(1)
+  accumulator_decay_rate: float = _field((lambda rate: 0 < rate < 1, 'must be between 0 and 1'))
+  table_update: str = _one_of('touched', 'all')
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """One experiment, checked. configs/base.py says what each field means."""
+
+  data_location: str = _field((bool, 'must name a folder'))
+  output_dir: str = _field((bool, 'must name a folder'))
+  checkpoint: str
+  seed: int = _field((lambda seed: 0 <= seed < 2**32, 'must be from 0 to 2**32 - 1'))
+  batch_size: int = _at_least(1)
+  steps: int = _at_least(0)
+  epochs: int = _at_least(1)
+  micro_batch: int = _at_least(1)
+  no_eval: bool
+  eval_every: int = _at_least(0)
+  log_every: int = _at_least(1)
+  save_steps: int = _at_least(0)
+  keep_checkpoint_max: int = _at_least(1)
+  timeline: int = _at_least(0)
+  smartstaged: bool
+  op_fusion: bool
+  inter: int = _at_least(0)
+  intra: int = _at_least(0)
+  data: DataSpec
+  model: ModelSpec
+  embedding: EmbeddingSpec
+  optimizer: OptimizerSpec
+
+
+def from_config(config: ConfigDict) -> Spec:
+  """The spec of a config. Raises SpecError for unknown, missing and wrong fields and for what does not fit together."""
+  spec = _build(Spec, config, 'config')
+  if len(spec.embedding.buckets) == 1:
+    buckets = spec.embedding.buckets * COLUMNS
+    spec = dataclasses.replace(spec, embedding=dataclasses.replace(spec.embedding, buckets=buckets))
+  _check_together(spec)
+  return spec
+
+
+def to_dict(spec: Spec) -> dict[str, Any]:
+  """The spec as nested dictionaries of JSON's types."""
+  return dataclasses.asdict(spec)
+
+
+def field_type(name: str) -> Any:
+  """Type of a field by its dotted name, such as optimizer.name. SpecError if there is none."""
+  kind, path = Spec, 'config'
+  for part in name.split('.'):
+    fields = _fields(kind) if dataclasses.is_dataclass(kind) else {}
+    if part not in fields:
+      raise _unknown(path, part, fields)
+    kind, path = fields[part].type, f'{path}.{part}'
+  return kind
+
+
+def check_override(name: str, value: str | None) -> None:
+  """Raises SpecError if there is no such field, or if the text cannot be read as a value of its type."""
+  kind = field_type(name)
+  if dataclasses.is_dataclass(kind):
+    raise SpecError(f'config.{name}: has fields of its own; set one of {", ".join(_fields(kind))}')
+  readable = {
+    int: lambda: int(value, 0),
+    float: lambda: float(value),
+    bool: lambda: value is None or {'true': 1, 't': 1, '1': 1, 'false': 0, 'f': 0, '0': 0}[value.lower()],
+    str: lambda: value,
+    tuple[int, ...]: lambda: [int(item) for item in value.strip('() ,').split(',')],
+  }
+  try:
+    readable[kind]()
+  except (KeyError, ValueError):
+    raise SpecError(f'config.{name}={value!r}: must be {TYPE_NAMES[kind]}') from None
+
+
+def _fields(kind: type) -> dict[str, dataclasses.Field]:
+  return {field.name: field for field in dataclasses.fields(kind)}
+
+
+def _unknown(path: str, name: str, fields: Any) -> SpecError:
+  near = difflib.get_close_matches(name, fields, n=1)
+  known = f'known are {", ".join(fields)}' if fields else f'{path} is a value'
+  return SpecError(f'{path}.{name}: no such field; ' + (f'did you mean {path}.{near[0]}?' if near else known))
+
+
+def _build(kind: type, config: ConfigDict, path: str) -> Any:
+  fields = _fields(kind)
+  for name in config:
+    if name not in fields:
+      raise _unknown(path, name, fields)
+  missing = [name for name in fields if name not in config]
+  if missing:
+    raise SpecError(f'{path}.{missing[0]}: missing; start from configs/base.py, which has every field')
+  return kind(**{name: _value(field, config[name], f'{path}.{name}') for name, field in fields.items()})
+
+
+def _value(field: dataclasses.Field, value: Any, path: str) -> Any:
+  if dataclasses.is_dataclass(field.type):
+    if not isinstance(value, ConfigDict):
+      raise SpecError(f'{path}={value!r}: must be a ConfigDict with its own fields')
+    return _build(field.type, value, path)
+  value = _typed(field.type, value, path)
+  if 'check' in field.metadata:
+    holds, text = field.metadata['check']
+    if not holds(value):
+      raise SpecError(f'{path}={value!r}: {text}')
+  return value
+
+
+def _typed(kind: Any, value: Any, path: str) -> Any:
+  is_int = isinstance(value, int) and not isinstance(value, bool)
+  if kind is float and is_int:
+    return float(value)
+  if kind == tuple[int, ...]:
+    if isinstance(value, (tuple, list)) and all(isinstance(item, int) and not isinstance(item, bool) for item in value):
+      return tuple(value)
+    raise SpecError(f'{path}={value!r}: must be {TYPE_NAMES[kind]}')
+  if isinstance(value, kind) and (kind is not int or is_int):
+    return value
+  raise SpecError(f'{path}={value!r}: must be {TYPE_NAMES[kind]}')
+
+
+def _check_together(spec: Spec) -> None:
+  if spec.model.interaction == 'dot' and spec.model.bottom_mlp[-1] != spec.embedding.dim:
+    raise SpecError(
+      f'config.model.bottom_mlp={spec.model.bottom_mlp}: with interaction dot its last layer must be as wide as the '
+      f'vectors; set it or config.embedding.dim={spec.embedding.dim}'
+    )
+  if spec.batch_size % spec.micro_batch:
+    low = max(1, spec.batch_size // spec.micro_batch) * spec.micro_batch
+    raise SpecError(
+      f'config.batch_size={spec.batch_size}: must be a multiple of micro_batch={spec.micro_batch}; try {low}'
+    )
+  if spec.optimizer.decay != 'constant' and spec.optimizer.decay_steps == 0:
+    raise SpecError(f'config.optimizer.decay_steps=0: decay {spec.optimizer.decay!r} needs its number of steps')
+  if 0 < spec.optimizer.decay_start < spec.optimizer.warmup_steps:
+    raise SpecError(
+      f'config.optimizer.decay_start={spec.optimizer.decay_start}: lies in the warm-up; must be 0 or at least '
+      f'warmup_steps={spec.optimizer.warmup_steps}'
+    )
+  if spec.optimizer.decay == 'exponential' and spec.optimizer.final_factor == 0:
+    raise SpecError('config.optimizer.final_factor=0.0: an exponential decay never reaches 0; set a positive share')

@@ -1,0 +1,118 @@
+"""One training step, and the logits of one batch: pure functions of (program, state, batch)."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jaxtyping import Float
+
+from dlrm_jax.embeddings import tables
+from dlrm_jax.model.loss import cross_entropy
+from dlrm_jax.program import Program
+from dlrm_jax.structs import Batch, TrainState
+
+Metrics = dict[str, Array]
+
+# XLA:CPU fuses in two places: into calls of its kernel library, and by its own passes.
+NO_FUSION = {'xla_cpu_experimental_ynn_fusion_type': '', 'xla_disable_hlo_passes': 'fusion,cpu_multi_output_fusion'}
+
+
+def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+  """The state after one update, and the batch's mean loss and number of examples."""
+  rows = tables.resolve(program.layout, batch.bucket, batch.weight)
+  vectors = tables.lookup(program.layout, state.tables, rows)
+  loss, (params_gradient, vectors_gradient), batch_stats = gradients(program, state, vectors, batch)
+  updates, opt_state = program.dense_tx.update(params_gradient, state.opt_state, state.params)
+  new_state = TrainState(
+    step=state.step + 1,
+    params=optax.apply_updates(state.params, updates),
+    batch_stats=batch_stats,
+    opt_state=opt_state,
+    tables=tables.update(program.layout, program.update_table, state.tables, rows, vectors_gradient),
+  )
+  return new_state, {'loss': loss, 'examples': batch.weight.sum()}
+
+
+def gradients(
+  program: Program, state: TrainState, vectors: Float[Array, 'B F D'], batch: Batch
+) -> tuple[Array, tuple[Any, Array], Any]:
+  """The loss, its gradients by (params, vectors), and the new batch statistics.
+
+  The bottom MLP sees the whole batch, so that its statistics are those of the batch however it is sliced; the rest,
+  where most of the activations are, runs over the slices one after another.
+  """
+
+  def bottom(params: Any) -> tuple[Array, Any]:
+    variables = {'params': params, 'batch_stats': state.batch_stats}
+    h, new = program.model.apply(
+      variables, batch.dense, batch.weight, True, mutable=['batch_stats'], method='bottom'
+    )
+    return h, new.get('batch_stats', {})
+
+  h, bottom_vjp, batch_stats = jax.vjp(bottom, state.params, has_aux=True)
+  total = jnp.maximum(batch.weight.sum(), 1)
+
+  def top_loss(params: Any, h: Array, vectors: Array, label: Array, weight: Array) -> Array:
+    logit = program.model.apply({'params': params}, h, vectors, method='top')
+    return cross_entropy(logit, label, weight, total)
+
+  loss, (top_gradient, h_gradient, vectors_gradient) = _over_slices(
+    jax.value_and_grad(top_loss, argnums=(0, 1, 2)), program.spec.micro_batch, state.params, h, vectors, batch
+  )
+  (bottom_gradient,) = bottom_vjp(h_gradient)
+  return loss, (jax.tree.map(jnp.add, bottom_gradient, top_gradient), vectors_gradient), batch_stats
+
+
+def _over_slices(
+  top: Callable[..., Any],
+  slices: int,
+  params: Any,
+  h: Float[Array, 'K B'],
+  vectors: Float[Array, 'B F D'],
+  batch: Batch,
+) -> tuple[Array, tuple[Any, Array, Array]]:
+  """Loss and gradients of `top`, summed (params) or joined (h, vectors) over the slices of the batch."""
+  if slices == 1:
+    return top(params, h, vectors, batch.label, batch.weight)
+  split = lambda leaf: leaf.reshape(slices, -1, *leaf.shape[1:])
+  # h is feature-major: its examples stand in the last axis.
+  h_slices = jnp.moveaxis(h.reshape(h.shape[0], slices, -1), 1, 0)
+
+  def one(carry: tuple[Array, Any], piece: tuple[Array, ...]) -> tuple[tuple[Array, Any], tuple[Array, Array]]:
+    loss, (params_gradient, h_gradient, vectors_gradient) = top(params, *piece)
+    return jax.tree.map(jnp.add, carry, (loss, params_gradient)), (h_gradient, vectors_gradient)
+
+  zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+  pieces = (h_slices, split(vectors), split(batch.label), split(batch.weight))
+  (loss, params_gradient), (h_gradient, vectors_gradient) = jax.lax.scan(one, zero, pieces)
+  return loss, (
+    params_gradient,
+    jnp.moveaxis(h_gradient, 0, 1).reshape(h.shape),
+    vectors_gradient.reshape(vectors.shape),
+  )
+
+
+def logits(program: Program, state: TrainState, batch: Batch) -> Float[Array, 'B']:
+  """Logits with the running batch statistics; the state is read only."""
+  rows = tables.resolve(program.layout, batch.bucket, batch.weight)
+  vectors = tables.lookup(program.layout, state.tables, rows)
+  variables = {'params': state.params, 'batch_stats': state.batch_stats}
+  return program.model.apply(variables, batch.dense, vectors, batch.weight, False)
+
+
+def jit_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+  """`train_step`, compiled; it takes over the memory of the state that it is given."""
+  return jax.jit(functools.partial(train_step, program), donate_argnums=0, compiler_options=_options(program))
+
+
+def jit_logits(program: Program) -> Callable[[TrainState, Batch], Array]:
+  """`logits`, compiled."""
+  return jax.jit(functools.partial(logits, program), compiler_options=_options(program))
+
+
+def _options(program: Program) -> dict[str, str]:
+  return {} if program.spec.op_fusion else NO_FUSION

@@ -1,0 +1,36 @@
+"""The pytrees that everything else is written in terms of."""
+
+from typing import Any
+
+from flax import struct
+from jax import Array
+
+
+@struct.dataclass
+class Batch:
+  """Examples: numpy arrays on the host, `jax.Array`s on devices. B is the number of examples, padding included."""
+
+  label: Array  # f32[B], 0 or 1
+  dense: Array  # f32[B, 13], transformed integers
+  bucket: Array  # u32[B, 26], Fingerprint64(string) mod the column's buckets
+  weight: Array  # f32[B], 0 for padding: every row of the data counts exactly once
+
+
+@struct.dataclass
+class Table:
+  """Embedding rows with everything that lives per row. Every per-row leaf has `rows` as its leading axis."""
+
+  value: Array  # f32[rows, D]
+  slots: Any  # optimizer memory: leaves [rows, ...] per row, or [] shared by the table
+  scratch: Array  # i32[rows], never cleared and never saved: which lane of the batch won a row (see update.py)
+
+
+@struct.dataclass
+class TrainState:
+  """All that training changes."""
+
+  step: Array  # i32[]
+  params: Any
+  batch_stats: Any
+  opt_state: Any
+  tables: dict[str, Table]

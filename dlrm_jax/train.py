@@ -1,0 +1,288 @@
+"""A run from the first batch to the last line of JSON."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from dlrm_jax import sources
+from dlrm_jax import spec as specs
+from dlrm_jax.checkpoint.full import Checkpoints
+from dlrm_jax.evaluate import evaluate
+from dlrm_jax.logs import Progress, Records, Stopwatch
+from dlrm_jax.program import Program, make_program
+from dlrm_jax.sources import Position, Sources
+from dlrm_jax.spec import Spec
+from dlrm_jax.state import init_state
+from dlrm_jax.step import jit_logits, jit_train_step
+from dlrm_jax.structs import TrainState
+
+# Compilation and the first window of data fall into these; samples_per_second leaves them out.
+WARMUP_STEPS = 20
+
+Scalars = dict[str, float | int | None]
+
+
+class TrainingError(RuntimeError):
+  """Training that cannot go on; the message is one line for the user."""
+
+
+class Stopped(RuntimeError):
+  """The run was asked to stop by a signal, and has saved a checkpoint."""
+
+  def __init__(self, number: int) -> None:
+    super().__init__(f'stopped by {signal.Signals(number).name}; resume with --config.checkpoint')
+    self.number = number
+
+
+@dataclasses.dataclass
+class Run:
+  """Where a run stands, and what it writes to."""
+
+  program: Program
+  sources: Sources
+  checkpoints: Checkpoints
+  records: Records
+  state: TrainState
+  step: int
+  last_step: int
+  position: Position  # of the data, after the last trained batch
+  samples_per_second: float | None = None
+  skipped_rows: int = 0
+
+  def save(self) -> None:
+    """Starts a checkpoint of where the run stands."""
+    self.checkpoints.save(self.state, sources.to_saved(self.sources, self.spec, self.position), self.spec)
+
+  @property
+  def spec(self) -> Spec:
+    """What was asked for."""
+    return self.program.spec
+
+
+def run(spec: Spec) -> None:
+  """Trains, evaluates and saves as `spec` says, then prints the result as one line of JSON."""
+  data = sources.open_sources(spec)  # first, since bad data is the most common mistake
+  program = make_program(spec)
+  folder = run_folder(spec)
+  with Checkpoints(folder / 'checkpoints', spec.keep_checkpoint_max) as checkpoints:
+    state, step, position = restore_or_init(program, data, checkpoints)
+    (folder / 'config.json').write_text(json.dumps(specs.to_dict(spec), indent=2) + '\n')
+    last_step = spec.steps or step + sources.remaining_batches(data, spec, position)
+    with Records(folder, step) as records:
+      run = Run(program, data, checkpoints, records, state, step, last_step, position)
+      del state  # the run owns it now: a second reference would keep the first tables alive
+      if step >= last_step:
+        logging.info('already at step %d, the run was to end at step %d: nothing to train', step, last_step)
+      else:
+        train(run)
+        run.save()
+      evaluation = {} if spec.no_eval else evaluation_of(run)
+      checkpoints.wait()
+  print_result(run, evaluation, folder)
+
+
+def train(run: Run) -> None:
+  """The training loop. Stopped, after a checkpoint, if a signal asked for it."""
+  spec, step_fn = run.spec, jit_train_step(run.program)
+  watch, meter = Stopwatch(WARMUP_STEPS), Meter()
+  with (
+    sources.train_batches(run.sources, spec, run.position) as batches,
+    Progress(run.step, run.last_step, spec.batch_size) as progress,
+    StopSignals() as signals,
+  ):
+    while run.step < run.last_step and not signals.received:
+      batch, run.position = next(batches)
+      with timeline(run):
+        run.state, metrics = step_fn(run.state, batch)
+      run.step += 1
+      progress.advance()
+      meter.add(metrics)
+      watch.count(spec.batch_size, metrics)
+
+      last = run.step == run.last_step
+      save, evaluate = (every(steps, run.step) and not last for steps in (spec.save_steps, spec.eval_every))
+      # In this order: nothing is saved whose loss was not seen to be finite, and it is safe before the slow evaluation.
+      if save or last or every(spec.log_every, run.step):
+        log(run, meter, progress)
+      if save:
+        run.save()
+      if evaluate and not spec.no_eval:
+        watch.pause(run.state)
+        evaluation_of(run)
+        watch.go()
+        meter.restart()
+    watch.pause(run.state)
+  run.samples_per_second = watch.rate()
+  run.skipped_rows = batches.items.skipped_rows
+  if signals.received:
+    run.save()
+    run.checkpoints.wait()
+    raise Stopped(signals.received)
+
+
+def every(steps: int, step: int) -> bool:
+  """Whether something that happens every so many steps (0: never) happens after this one."""
+  return steps > 0 and step % steps == 0
+
+
+class Meter:
+  """Mean loss and rate since the last line of log, without waiting for the device in between."""
+
+  def __init__(self) -> None:
+    self.restart()
+
+  def restart(self) -> None:
+    """Forgets what was added."""
+    self._metrics: list[dict[str, Any]] = []
+    self._since = time.perf_counter()
+
+  def add(self, metrics: dict[str, Any]) -> None:
+    """The metrics of one more step."""
+    self._metrics.append(metrics)
+
+  def read(self) -> Scalars:
+    """Means since the last read."""
+    parts = jax.device_get(self._metrics)
+    examples = float(sum(part['examples'] for part in parts))
+    loss = float(sum(part['loss'] * part['examples'] for part in parts)) / examples if examples else None
+    rate = examples / (time.perf_counter() - self._since)
+    self.restart()
+    return {'loss': loss, 'samples_per_second': round(rate, 1)}
+
+
+def log(run: Run, meter: Meter, progress: Progress) -> None:
+  """A line of log and a record. TrainingError if the loss is no longer a number."""
+  scalars = meter.read()
+  loss = scalars['loss']
+  if loss is not None and not math.isfinite(loss):
+    raise TrainingError(
+      f'the loss is {loss} at step {run.step}: training has diverged. Try a lower config.optimizer.learning_rate than '
+      f'{run.spec.optimizer.learning_rate} or config.optimizer.warmup_steps; earlier checkpoints are good'
+    )
+  run.records.write('train', run.step, scalars)
+  if loss is not None:
+    progress.show(loss)
+  if not progress.visible:
+    left = (run.last_step - run.step) * run.spec.batch_size / max(scalars['samples_per_second'], 1)
+    logging.info(
+      'step %d of %d: loss %s, %.0f samples/s, %.0f s left', run.step, run.last_step,
+      'none' if loss is None else f'{loss:.5f}', scalars['samples_per_second'], left,
+    )  # fmt: skip
+
+
+def evaluation_of(run: Run) -> Scalars:
+  """Metrics over the whole evaluation set, recorded."""
+  started = time.perf_counter()
+  with sources.eval_batches(run.sources, run.spec) as batches:
+    result = evaluate(jit_logits(run.program), run.state, (batch for batch, _ in batches))
+  run.records.write('eval', run.step, result)
+  seconds = time.perf_counter() - started
+  shown = ', '.join(f'{name} {value:.6g}' for name, value in result.items() if value is not None)
+  logging.info('evaluation at step %d: %s (%.1f s)', run.step, shown, seconds)
+  warn_if_useless(result)
+  return result
+
+
+def warn_if_useless(result: Scalars) -> None:
+  """Says so when a model has learned nothing, which no other figure shows as plainly."""
+  auc = result['auc']
+  if auc is None:
+    logging.warning('no AUC: the evaluation data has rows of one class only, or the model returns no finite numbers')
+  elif auc < 0.55:
+    logging.warning(
+      'AUC %.3f is close to chance: look at the order of the columns, the learning rate and the labels of the data', auc
+    )
+
+
+def restore_or_init(program: Program, data: Sources, checkpoints: Checkpoints) -> tuple[TrainState, int, Position]:
+  """State, step and data position to start from."""
+  rows = sum(table.rows for table in program.layout.values())
+  abstract = jax.eval_shape(lambda: init_state(program))
+  size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
+  logging.info('%d table(s), %s rows; with all optimizer memory %.2f GB', len(program.layout), f'{rows:,}', size / 1e9)
+  restored = checkpoints.restore(program)
+  if restored is None:
+    return init_state(program), 0, sources.START
+  position = sources.from_saved(data, program.spec, restored.position)
+  logging.info('resumed from step %d of %s', restored.step, checkpoints.folder)
+  return restored.state, restored.step, position
+
+
+def run_folder(spec: Spec) -> Path:
+  """The folder that a run writes to, made if need be."""
+  if spec.checkpoint:
+    folder = Path(spec.checkpoint)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+  stamp = int(time.time())
+  while True:
+    folder = Path(spec.output_dir) / f'model_DLRM_{stamp}'
+    try:
+      folder.mkdir(parents=True)
+      return folder
+    except FileExistsError:  # another run started in the same second
+      stamp += 1
+
+
+@contextlib.contextmanager
+def timeline(run: Run) -> Iterator[None]:
+  """A profile of the step about to be done, where one is due."""
+  if not every(run.spec.timeline, run.step + 1):
+    yield
+    return
+  folder = run.checkpoints.folder.parent / 'timeline'
+  jax.block_until_ready(run.state)  # or the steps before it would be in the picture
+  with jax.profiler.trace(str(folder)):
+    yield
+    jax.block_until_ready(run.state)
+  logging.info('profile of step %d in %s', run.step + 1, folder)
+
+
+class StopSignals:
+  """SIGTERM and SIGINT end a run after its step, with a checkpoint; a second one ends it at once. A context manager."""
+
+  def __init__(self) -> None:
+    self.received = 0
+    self._before: dict[int, Any] = {}
+
+  def __enter__(self) -> 'StopSignals':
+    for number in (signal.SIGTERM, signal.SIGINT):
+      self._before[number] = signal.signal(number, self._receive)
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._restore()
+
+  def _receive(self, number: int, _: object) -> None:
+    self.received = number
+    self._restore()
+
+  def _restore(self) -> None:
+    for number, handler in self._before.items():
+      signal.signal(number, handler)
+
+
+def print_result(run: Run, evaluation: Scalars, folder: Path) -> None:
+  """The one line of stdout."""
+  evaluation.pop('examples', None)
+  result = {
+    'step': run.step,
+    'samples_per_second': run.samples_per_second and round(run.samples_per_second, 1),
+    **evaluation,
+    'skipped_rows': run.skipped_rows,
+    'peak_memory_gb': round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3),
+    'output_dir': str(folder),
+  }
+  print(json.dumps(result), flush=True)
+  sys.stdout.flush()

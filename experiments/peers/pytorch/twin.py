@@ -1,0 +1,238 @@
+"""The PyTorch twin of dlrm_jax: same model, data order and hyperparameters, written for speed. See README.md.
+
+One line of JSON on stdout. `--mode speed` measures training from memory, `--mode quality` trains one epoch over a
+folder of arrays in the order given and evaluates, `--mode selfcheck` compares everything with independent numbers.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+# Rows are read at random: huge pages spare most page walks. PyTorch reads this before its first tensor.
+os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')
+import torch
+from model import COLUMNS, DENSE, DIM, Dlrm
+from tables import TABLES, DenseOptimizer, fill_truncated_normal
+from torch.nn import functional as F
+
+# C1..C26: DeepRec's modelzoo/DLRM/train.py sizes with C13 and C15, which are misaligned there, swapped.
+BUCKETS = (
+  *(2500, 2000, 5000000, 1500000, 1000, 100, 20000, 4000, 20, 100000, 10000, 5000000, 100),
+  *(100, 40000, 3000000, 50, 10000, 4000, 20, 4000000, 100, 100, 250000, 400, 100000),
+)
+EVAL_BATCH = 8192
+WARM_UP_STEPS = 20
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # label f32[B], dense f32[B, 13], row i64[B, 26]
+
+
+class Twin:
+  """Model, table and optimizers; one `train` call is one step."""
+
+  def __init__(self, args: argparse.Namespace, buckets: tuple[int, ...]):
+    torch.manual_seed(args.seed)
+    self.buckets = np.asarray(buckets, np.int64)
+    self.offset = np.cumsum(self.buckets) - self.buckets
+    self.model = Dlrm(args.interaction)
+    self.table = TABLES[args.table](int(self.buckets.sum()), DIM, args.optimizer, args.learning_rate)
+    fill_truncated_normal(self.table.value)
+    self.optimizer = DenseOptimizer(list(self.model.parameters()), args.optimizer, args.learning_rate)
+    self.forward = torch.compile(self.model) if args.compile else self.model
+    self.bf16 = args.dtype == 'bf16'
+    self.examples, self.steps = None, 0
+
+  def precision(self) -> contextlib.AbstractContextManager:
+    """Autocast of the MLPs to bfloat16 if asked for."""
+    return torch.autocast('cpu', torch.bfloat16) if self.bf16 else contextlib.nullcontext()
+
+  def train(self, label: torch.Tensor, dense: torch.Tensor, row: torch.Tensor) -> None:
+    """One step on one batch of two examples or more."""
+    if len(label) != self.examples:
+      self.examples = len(label)
+      self.model.set_batch_size(self.examples)
+    vectors = self.table.pull(row)
+    with self.precision():
+      logit = self.forward(dense, vectors)
+    F.binary_cross_entropy_with_logits(logit, label).backward()
+    self.optimizer.step()
+    self.table.push()
+    self.steps += 1
+
+  @torch.inference_mode()
+  def predict(self, dense: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """Logits `[B]` with the running statistics of batch norm."""
+    with self.precision():
+      return self.model(dense, self.table.lookup(row), self.steps)
+
+  def rows(self, bucket: np.ndarray) -> torch.Tensor:
+    """Rows i64[B, 26] of the merged table from buckets u32[B, 26]."""
+    return torch.from_numpy(bucket + self.offset)
+
+
+class Arrays:
+  """The memory-mapped arrays of one split: label f32[N], dense f32[N, 13], bucket u32[N, 26]."""
+
+  def __init__(self, folder: Path, split: str, buckets: tuple[int, ...]):
+    self.label, self.dense, self.bucket = (
+      np.load(folder / f'{split}_{name}.npy', mmap_mode='r') for name in ('label', 'dense', 'bucket')
+    )
+    rows = len(self.label)
+    if self.dense.shape != (rows, DENSE) or self.bucket.shape != (rows, COLUMNS):
+      raise SystemExit(f'{folder}: {split} has {rows} labels, dense {self.dense.shape}, bucket {self.bucket.shape}')
+    # A bucket past its column's end would silently be another column's row.
+    top = np.max([self.bucket[start : start + 65536].max(0) for start in range(0, rows, 65536)], 0)
+    for column in np.flatnonzero(top >= np.asarray(buckets)):
+      raise SystemExit(f'{folder}: {split} C{column + 1} has bucket {top[column]} of {buckets[column]}; see --buckets')
+
+  def batches(self, size: int, twin: Twin) -> Iterator[Batch]:
+    """Batches in the order of the file, the last one smaller."""
+    for start in range(0, len(self.label), size):
+      part = slice(start, start + size)
+      label, dense = (torch.from_numpy(np.array(array[part])) for array in (self.label, self.dense))
+      yield label, dense, twin.rows(self.bucket[part])
+
+
+def synthetic(rows: int, buckets: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Label, dense and bucket of `rows` examples; buckets are Zipf-like (log-uniform ranks, spread over the column)."""
+  rng = np.random.default_rng(seed)
+  sizes = np.asarray(buckets)
+  rank = np.exp(rng.random((rows, COLUMNS)) * np.log(sizes + 1)).astype(np.int64) - 1
+  label = (rng.random(rows) < 0.256).astype(np.float32)
+  return label, rng.standard_normal((rows, DENSE), np.float32), (rank * 2654435761 % sizes).astype(np.uint32)
+
+
+def auc(label: np.ndarray, score: np.ndarray) -> float:
+  """Exact area under the ROC curve of `[N]`: the rank sum of the positives, ties by mid-ranks; NaN for one class."""
+  _, inverse, count = np.unique(score, return_inverse=True, return_counts=True)
+  rank = (np.cumsum(count) - (count - 1) / 2)[inverse]
+  positives = int((label > 0.5).sum())
+  negatives = len(label) - positives
+  if not positives or not negatives:
+    return float('nan')
+  return float((rank[label > 0.5].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def log_loss(label: np.ndarray, logit: np.ndarray) -> float:
+  """Mean binary cross entropy in float64."""
+  logit = logit.astype(np.float64)
+  return float(np.mean(np.logaddexp(0, logit) - label * logit))
+
+
+def speed(args: argparse.Namespace, buckets: tuple[int, ...]) -> dict[str, object]:
+  """Steps over batches that all lie in memory, ids already hashed and offset: median over repetitions."""
+  twin = Twin(args, buckets)
+  if args.data:
+    arrays = Arrays(args.data, 'train', buckets)
+    arrays = [array[: args.pool] for array in (arrays.label, arrays.dense, arrays.bucket)]
+  else:
+    arrays = synthetic(args.pool, buckets, args.seed)
+  label, dense, bucket = (np.array(array) for array in arrays)
+  tensors = (torch.from_numpy(label), torch.from_numpy(dense), twin.rows(bucket))
+  pool = [batch for batch in zip(*(t.split(args.batch_size) for t in tensors), strict=True)]
+  pool = [batch for batch in pool if len(batch[0]) == args.batch_size]
+  steps = max(1, args.samples // args.batch_size)
+  rates, place = [], 0
+  for repetition in range(args.repetitions + 1):
+    start = time.perf_counter()
+    for _ in range(steps if repetition else WARM_UP_STEPS):
+      twin.train(*pool[place % len(pool)])
+      place += 1
+    if repetition:
+      rates.append(steps * args.batch_size / (time.perf_counter() - start))
+  return {
+    'samples_per_second': round(statistics.median(rates), 1),
+    'min': round(min(rates), 1),
+    'max': round(max(rates), 1),
+    'repetitions': args.repetitions,
+  }
+
+
+def quality(args: argparse.Namespace, buckets: tuple[int, ...]) -> dict[str, object]:
+  """One epoch in the order of the files, then evaluation of every row of the eval arrays."""
+  if not args.data:
+    raise SystemExit('--mode quality needs --data FOLDER with train_label.npy, train_dense.npy, ... (README.md)')
+  train, evaluation = (Arrays(args.data, split, buckets) for split in ('train', 'eval'))
+  twin = Twin(args, buckets)
+  start, samples = time.perf_counter(), 0
+  for batch in train.batches(args.batch_size, twin):
+    if twin.steps == WARM_UP_STEPS:
+      start, samples = time.perf_counter(), 0
+    twin.train(*batch)
+    samples += len(batch[0])
+  rate = samples / (time.perf_counter() - start)
+  logits = [twin.predict(dense, row).numpy() for _, dense, row in evaluation.batches(EVAL_BATCH, twin)]
+  logit, label = np.concatenate(logits), np.asarray(evaluation.label)
+  return {
+    'auc': auc(label, logit),
+    'log_loss': log_loss(label, logit),
+    'samples_per_second': round(rate, 1),
+    'steps': twin.steps,
+    'eval_rows': len(label),
+  }
+
+
+def selfcheck(args: argparse.Namespace, buckets: tuple[int, ...]) -> dict[str, object]:
+  """See selfcheck.py."""
+  import selfcheck
+
+  return selfcheck.run()
+
+
+MODES = {'speed': speed, 'quality': quality, 'selfcheck': selfcheck}
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
+  """The command line."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+  add = parser.add_argument
+  add('--mode', choices=MODES, default='speed')
+  add('--data', type=Path, help='folder of arrays; speed makes synthetic ones without it')
+  add('--buckets', type=int, default=0, help='rows of every column; 0: the per-column sizes, 19,044,490 rows')
+  add('--batch_size', type=int, default=512)
+  add('--optimizer', choices=('adam', 'adagrad'), default='adam')
+  add('--learning_rate', type=float, default=0.01)
+  add('--interaction', choices=('cat', 'dot'), default='cat')
+  add('--dtype', choices=('f32', 'bf16'), default='f32', help='bf16: autocast of the MLPs; the rest stays f32')
+  add('--compile', action='store_true', help='torch.compile of the model (needs a C++ compiler)')
+  add('--table', choices=TABLES, default='pull', help='see tables.py')
+  add('--seed', type=int, default=0, help='of the initial values (and of synthetic data), never of the order')
+  add('--threads', type=int, default=2)
+  add('--repetitions', type=int, default=7, help='speed: timed stretches')
+  add('--samples', type=int, default=65536, help='speed: samples of a stretch')
+  add('--pool', type=int, default=262144, help='speed: samples in memory, used in turn')
+  return parser.parse_args(argv)
+
+
+def main(argv: list[str]) -> None:
+  """Runs one mode and prints its line of JSON."""
+  args = arguments(argv)
+  torch.set_num_threads(args.threads)
+  buckets = (args.buckets,) * COLUMNS if args.buckets else BUCKETS
+  about = {
+    'mode': args.mode,
+    'batch_size': args.batch_size,
+    'rows': sum(buckets),
+    'dtype': args.dtype,
+    'optimizer': args.optimizer,
+    'interaction': args.interaction,
+    'table': args.table,
+    'compile': args.compile,
+    'threads': args.threads,
+    'seed': args.seed,
+    'torch': torch.__version__,
+  }
+  result = MODES[args.mode](args, buckets)
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  print(json.dumps({**result, **about, 'peak_rss_bytes': peak}))
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])

@@ -1,0 +1,48 @@
+"""A small experiment that trains in a second, and running the program as users do."""
+
+import json
+import os
+import subprocess
+import sys
+
+from configs import base
+from dlrm_jax import spec as specs
+
+# 600 rows in batches of 32: 19 steps an epoch, the last one partial.
+SMALL = {
+  'batch_size': 32, 'data.streams': 4, 'model.bottom_mlp': (16, 8), 'model.top_mlp': (16,), 'embedding.dim': 8,
+  'embedding.buckets': (50,), 'log_every': 5,
+}  # fmt: skip
+
+
+def small_spec(data, output, **fields):
+  """The spec of a small run; a double underscore stands for the dot of a nested field."""
+  config = base.get_config()
+  config.data_location, config.output_dir = str(data), str(output)
+  config.update_from_flattened_dict(SMALL | {name.replace('__', '.'): value for name, value in fields.items()})
+  return specs.from_config(config)
+
+
+def command(config, *arguments, **fields):
+  """The command line of a run."""
+  flags = [f'--config.{name.replace("__", ".")}={value}' for name, value in fields.items()]
+  return [sys.executable, '-m', 'dlrm_jax.main', f'--config={config}', *flags, *arguments]
+
+
+def small_command(data, output, *arguments, **fields):
+  """The command line of a small run."""
+  return command('configs/base.py', *arguments, **{**SMALL, 'data_location': data, 'output_dir': output, **fields})
+
+
+def execute(arguments, cwd, **environment):
+  """(exit code, stdout, stderr) of a command."""
+  done = subprocess.run(
+    arguments, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, timeout=300, check=False
+  )
+  return done.returncode, done.stdout, done.stderr
+
+
+def result(stdout):
+  """The one line of JSON."""
+  (line,) = stdout.splitlines()
+  return json.loads(line)

@@ -1,0 +1,106 @@
+"""Old command lines: defaults as in the seed's README, each flag with its effect, each mistake with its fix."""
+
+import shlex
+
+import pytest
+
+from configs import base, deeprec
+from dlrm_jax import spec as specs
+
+# From the seed's README, except the learning rate: 0.1 there, 0.01 in its script and here.
+SEED_DEFAULTS = {
+  'bf16': False, 'emb_fusion': True, 'op_fusion': True, 'optimizer': 'adamasync', 'smartstaged': True, 'micro_batch': 0,
+  'ev': False, 'adaptive_emb': False, 'ev_elimination': None, 'ev_filter': None, 'dynamic_ev': False,
+  'incremental_ckpt': 0, 'workqueue': False, 'protocol': 'grpc', 'data_location': './data', 'steps': 0,
+  'no_eval': False, 'batch_size': 512, 'output_dir': './result', 'checkpoint': '', 'save_steps': 0, 'seed': 2021,
+  'timeline': 0, 'keep_checkpoint_max': 1, 'learning_rate': 0.01, 'interaction_op': 'cat', 'inter': 0, 'intra': 0,
+  'input_layer_partitioner': 8, 'dense_layer_partitioner': 16, 'tf': False,
+}  # fmt: skip
+
+
+def spec_of(flags):
+  return specs.from_config(deeprec.get_config(flags))
+
+
+def test_flags_and_defaults_are_the_seeds():
+  assert vars(deeprec.parser().parse_args([])) == SEED_DEFAULTS
+
+
+def test_without_flags_only_the_buckets_differ_from_base():
+  ours, theirs = specs.to_dict(specs.from_config(base.get_config())), specs.to_dict(spec_of(''))
+  assert theirs['embedding'].pop('buckets') == (10_000,) * 26
+  assert ours['embedding'].pop('buckets') != (10_000,) * 26
+  assert ours == theirs
+
+
+@pytest.mark.parametrize(
+  ('flags', 'field', 'value'),
+  [
+    ('--bf16', 'model.dtype', 'bfloat16'),
+    ('--bf16=false', 'model.dtype', 'float32'),
+    ('--emb_fusion false', 'embedding.fusion', False),
+    ('--op_fusion=False', 'op_fusion', False),
+    ('--smartstaged 0', 'smartstaged', False),
+    ('--micro_batch=4', 'micro_batch', 4),
+    ('--micro_batch=0', 'micro_batch', 1),
+    ('--no_eval', 'no_eval', True),
+    ('--data_location "/a b"', 'data_location', '/a b'),
+    ('--output_dir=/o', 'output_dir', '/o'),
+    ('--checkpoint=/c', 'checkpoint', '/c'),
+    ('--steps 7', 'steps', 7),
+    ('--batch_size=64', 'batch_size', 64),
+    ('--save_steps=9', 'save_steps', 9),
+    ('--seed=3', 'seed', 3),
+    ('--timeline=5', 'timeline', 5),
+    ('--keep_checkpoint_max=2', 'keep_checkpoint_max', 2),
+    ('--learning_rate=0.5', 'optimizer.learning_rate', 0.5),
+    ('--interaction_op=dot', 'model.interaction', 'dot'),
+    ('--inter=2', 'inter', 2),
+    ('--intra=1', 'intra', 1),
+    *[(f'--optimizer={name}', 'optimizer.name', name) for name in ('adam', 'adagraddecay', 'gradientdescent')],
+    ('--ev_filter=None --ev=false', 'embedding.kind', 'static'),
+  ],
+)
+def test_a_flag_changes_its_field(flags, field, value):
+  spec = specs.to_dict(spec_of(flags))
+  for part in field.split('.'):
+    spec = spec[part]
+  assert spec == value
+
+
+def test_tf_wins_over_the_features_it_turns_off():
+  spec = spec_of('--tf --bf16 --optimizer=adagrad --micro_batch=4 --smartstaged=true --learning_rate=0.2')
+  assert (spec.model.dtype, spec.optimizer.name, spec.optimizer.table_update) == ('float32', 'adam', 'all')
+  assert (spec.micro_batch, spec.smartstaged, spec.embedding.fusion) == (1, False, False)
+  assert spec.optimizer.learning_rate == 0.2
+
+
+@pytest.mark.parametrize(
+  ('flags', 'words'),
+  [
+    ('--evv', ['--evv', 'known are', '--ev_filter']),
+    ('--optimizer=adamw', ['adamw', 'adagraddecay']),
+    ('--batch_size=x', ["'x'", '--batch_size']),
+    ('--smartstaged=perhaps', ['perhaps', '--smartstaged']),
+    ('--steps', ['--steps']),
+    ('--bat=3', ['--bat=3']),
+    ('--ev', ['--ev', 'not yet']),
+    ('--protocol=star_server', ['--protocol', 'not yet']),
+    ('--workqueue=true', ['--workqueue', 'not yet']),
+  ],
+)
+def test_a_mistake_is_one_line(flags, words):
+  with pytest.raises(ValueError, match=r'configs/deeprec\.py') as error:
+    deeprec.get_config(flags)
+  assert '\n' not in str(error.value)
+  assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_every_flag_can_be_written_with_a_space_or_an_equals_sign():
+  values = {'optimizer': 'adam', 'interaction_op': 'dot', 'protocol': 'grpc'}
+  values |= {'ev_filter': 'counter', 'ev_elimination': 'l2'}
+  for name, default in SEED_DEFAULTS.items():
+    value = values.get(name, 'true' if isinstance(default, bool) else '3')
+    one, two = (deeprec.parser().parse_args(shlex.split(f'--{name}{sign}{value}')) for sign in '= ')
+    assert vars(one) == vars(two)
+    assert str(getattr(one, name)).lower() in (value, f'{value}.0')

@@ -1,0 +1,110 @@
+"""Every experiment in configs/ is valid, and every mistake is named in one line."""
+
+import importlib
+import json
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import base
+from dlrm_jax import spec as specs
+
+EXPERIMENTS = [
+  'adagrad', 'adagraddecay', 'adam', 'adamasync', 'base', 'baseline', 'bf16', 'deeprec', 'dot', 'gradientdescent',
+  'micro_batch', 'quickstart',
+]  # fmt: skip
+
+
+def test_the_list_of_experiments_is_complete(repository):
+  assert sorted(path.stem for path in (repository / 'configs').glob('*.py') if path.stem != '__init__') == EXPERIMENTS
+
+
+@pytest.mark.parametrize('name', EXPERIMENTS)
+def test_each_experiment_is_valid_documented_and_a_diff_of_base(name):
+  module = importlib.import_module(f'configs.{name}')
+  assert len(module.__doc__) > 30
+  spec = specs.from_config(module.get_config())
+  assert len(spec.embedding.buckets) == 26
+  changed = json.dumps(specs.to_dict(spec)) != json.dumps(specs.to_dict(specs.from_config(base.get_config())))
+  assert changed == (name not in ('base', 'adamasync'))
+
+
+def test_base_has_the_19_million_rows():
+  assert sum(specs.from_config(base.get_config()).embedding.buckets) == 19_044_490
+
+
+def test_a_single_number_of_buckets_stands_for_all_columns():
+  config = base.get_config()
+  config.embedding.buckets = (10,)
+  assert specs.from_config(config).embedding.buckets == (10,) * 26
+
+
+@pytest.mark.parametrize(
+  ('field', 'value', 'words'),
+  [
+    ('batch_size', 0, ['config.batch_size=0', 'at least 1']),
+    ('batch_size', 512.5, ['config.batch_size=512.5', 'whole number']),
+    ('batch_size', True, ['config.batch_size=True', 'whole number']),
+    ('batch_size', '512', ['config.batch_size', 'whole number']),
+    ('smartstaged', 1, ['config.smartstaged=1', 'True or False']),
+    ('seed', -1, ['config.seed=-1']),
+    ('micro_batch', 3, ['micro_batch=3', 'try 510']),
+    ('data_location', '', ['config.data_location', 'folder']),
+    ('data.streams', 0, ['config.data.streams=0', 'at least 1']),
+    ('data.shuffle_rows', 100, ['config.data.shuffle_rows=100', '20000']),
+    ('data.dense_transform', 'sqrt', ['dense_transform', 'log, minmax, none']),
+    ('data.on_bad_row', 'ignore', ['on_bad_row', 'error, skip']),
+    ('model.top_mlp', (), ['config.model.top_mlp=()']),
+    ('model.top_mlp', (512, 'x'), ['config.model.top_mlp', 'whole numbers']),
+    ('model.bottom_mlp', (512, 0), ['config.model.bottom_mlp', 'at least 1']),
+    ('model.interaction', 'sum', ["interaction='sum'", 'cat, dot']),
+    ('model.dtype', 'float16', ['dtype', 'float32, bfloat16']),
+    ('embedding.kind', 'magic', ['embedding.kind', 'static']),
+    ('embedding.buckets', (1, 2), ['embedding.buckets', '26']),
+    ('embedding.buckets', (2**31,), ['embedding.buckets', '2**31']),
+    ('optimizer.name', 'adamw', ["optimizer.name='adamw'", 'adagraddecay']),
+    ('optimizer.learning_rate', 0.0, ['learning_rate=0.0', 'greater than 0']),
+    ('optimizer.learning_rate', float('nan'), ['learning_rate=nan']),
+    ('optimizer.decay', 'linear', ['decay_steps=0', 'linear']),
+    ('optimizer.b1', 1.0, ['optimizer.b1=1.0', 'less than 1']),
+    ('optimizer.table_update', 'some', ['table_update', 'touched, all']),
+    ('batch_sise', 3, ['config.batch_sise', 'no such field', 'batch_size']),
+    ('model.widths', 3, ['config.model.widths', 'no such field']),
+    ('model', 3, ['config.model=3', 'ConfigDict']),
+  ],
+)
+def test_a_mistake_is_one_line_with_field_value_and_fix(field, value, words):
+  config = base.get_config()
+  *path, name = field.split('.')
+  target = config
+  for part in path:
+    target = target[part]
+  with target.ignore_type():
+    target[name] = value
+  with pytest.raises(specs.SpecError) as error:
+    specs.from_config(config)
+  assert '\n' not in str(error.value)
+  assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_a_missing_field_points_to_base():
+  config = base.get_config()
+  del config.model['dtype']
+  with pytest.raises(specs.SpecError, match=r'config\.model\.dtype: missing; start from configs/base\.py'):
+    specs.from_config(config)
+  with pytest.raises(specs.SpecError, match='missing'):
+    specs.from_config(ConfigDict())
+
+
+@pytest.mark.parametrize(
+  ('dot', 'bottom', 'dim', 'fits'),
+  [('dot', (64, 16), 16, True), ('dot', (64, 8), 16, False), ('cat', (64, 8), 16, True)],
+)
+def test_dot_needs_a_bottom_mlp_as_wide_as_the_vectors(dot, bottom, dim, fits):
+  config = base.get_config()
+  config.model.interaction, config.model.bottom_mlp, config.embedding.dim = dot, bottom, dim
+  if fits:
+    specs.from_config(config)
+  else:
+    with pytest.raises(specs.SpecError, match='bottom_mlp'):
+      specs.from_config(config)

@@ -1,0 +1,200 @@
+"""Whole runs in this process: what they learn, what they leave behind, and that stopping changes no bit."""
+
+import json
+import math
+import warnings
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from dlrm_jax import train
+from dlrm_jax.checkpoint.full import CheckpointError
+from dlrm_jax.data.schema import DataError
+from tests.helpers import small_spec
+
+STEPS = 19  # of an epoch
+
+
+def run(capsys, spec):
+  train.run(spec)
+  (line,) = capsys.readouterr().out.splitlines()
+  return json.loads(line)
+
+
+def state_of(folder, step):
+  """All arrays of a checkpoint, by plain Orbax."""
+  with ocp.CheckpointManager(folder / 'checkpoints') as manager, warnings.catch_warnings():
+    warnings.filterwarnings('ignore', 'Sharding info')  # one device here and there
+    return manager.restore(step, args=ocp.args.Composite(state=ocp.args.PyTreeRestore())).state
+
+
+def assert_same(one, other):
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_run_learns_and_leaves_everything_it_promises(criteo, tmp_path, capsys):
+  result = run(capsys, small_spec(criteo, tmp_path, epochs=3))
+  assert result['step'] == 3 * STEPS
+  assert result['auc'] > 0.8
+  assert result['log_loss'] < 0.68
+  assert result['samples_per_second'] > 0
+  assert {'accuracy', 'normalized_entropy', 'calibration', 'auc_1000', 'output_dir'} <= set(result)
+  (folder,) = tmp_path.iterdir()
+  assert folder.name.startswith('model_DLRM_')
+  assert str(folder) == result['output_dir']
+  assert json.loads((folder / 'config.json').read_text())['epochs'] == 3
+  lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+  assert [line['step'] for line in lines if line['kind'] == 'train'] == [*range(5, 57, 5), 57]
+  assert lines[-1]['kind'] == 'eval'
+  assert lines[-1]['auc'] == result['auc']
+  assert lines[-1]['examples'] == 200
+  assert lines[0]['loss'] > lines[-2]['loss']
+  assert list(folder.glob('events.out.tfevents.*'))
+  assert [path.name for path in (folder / 'checkpoints').iterdir()] == ['57']
+
+
+def test_the_metrics_are_those_of_the_predictions_on_every_row(criteo, tmp_path, capsys):
+  one = run(capsys, small_spec(criteo, tmp_path, batch_size=32, checkpoint=str(tmp_path / 'c')))
+  # 200 rows are 6.25 batches of 32 and one padded batch of 256: the same rows count, each once.
+  other = run(capsys, small_spec(criteo, tmp_path, batch_size=256, checkpoint=str(tmp_path / 'c')))
+  for name in ('auc', 'log_loss', 'accuracy', 'calibration'):
+    assert one[name] == pytest.approx(other[name], rel=1e-5)
+
+
+def test_same_seed_same_bits_whether_staged_or_not(criteo, tmp_path, capsys):
+  for name, smartstaged in (('a', True), ('b', True), ('c', False)):
+    run(capsys, small_spec(criteo, tmp_path, checkpoint=str(tmp_path / name), no_eval=True, smartstaged=smartstaged))
+  states = [state_of(tmp_path / name, STEPS) for name in 'abc']
+  assert_same(states[0], states[1])
+  assert_same(states[0], states[2])
+
+
+@pytest.mark.parametrize('optimizer', ['adamasync', 'adagraddecay', 'gradientdescent'])
+def test_stopped_and_resumed_gives_the_bits_of_an_unstopped_run(criteo, tmp_path, capsys, optimizer):
+  fields = {'optimizer__name': optimizer, 'optimizer__warmup_steps': 7, 'no_eval': True}
+  run(capsys, small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), steps=30, **fields))
+  for steps in (1, 18, 19, 20, 30):  # around the end of an epoch
+    result = run(capsys, small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'b'), steps=steps, **fields))
+    assert result['step'] == steps
+  assert_same(state_of(tmp_path / 'a', 30), state_of(tmp_path / 'b', 30))
+  lines = [json.loads(line)['step'] for line in (tmp_path / 'b' / 'metrics.jsonl').read_text().splitlines()]
+  assert lines == sorted(set(lines))
+
+
+def test_resuming_a_finished_run_says_so_and_evaluates(criteo, tmp_path, capsys, caplog):
+  spec = small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'))
+  first = run(capsys, spec)
+  caplog.set_level('INFO')
+  again = run(capsys, spec)
+  assert f'already at step {STEPS}' in caplog.text
+  assert again['step'] == STEPS
+  assert again['auc'] == first['auc']
+  assert again['samples_per_second'] is None
+
+
+def test_more_epochs_go_on_where_the_run_ended(criteo, tmp_path, capsys):
+  run(capsys, small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), no_eval=True))
+  result = run(capsys, small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), no_eval=True, epochs=2))
+  run(capsys, small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'b'), no_eval=True, epochs=2))
+  assert result['step'] == 2 * STEPS
+  assert_same(state_of(tmp_path / 'a', 2 * STEPS), state_of(tmp_path / 'b', 2 * STEPS))
+
+
+def test_checkpoints_every_save_steps_and_only_the_newest_are_kept(criteo, tmp_path, capsys):
+  fields = {'save_steps': 4, 'keep_checkpoint_max': 2, 'no_eval': True}
+  spec = small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), **fields)
+  result = run(capsys, spec)
+  assert sorted(path.name for path in (tmp_path / 'a/checkpoints').iterdir()) == ['16', '19']
+  assert not {'auc', 'log_loss'} & set(result)
+
+
+def test_saving_while_training_goes_on_saves_the_state_of_that_step(criteo, tmp_path, capsys):
+  fields = {'no_eval': True, 'keep_checkpoint_max': 5}
+  run(capsys, small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), save_steps=8, **fields))
+  run(capsys, small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'b'), steps=8, **fields))
+  assert_same(state_of(tmp_path / 'a', 8), state_of(tmp_path / 'b', 8))
+
+
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_is_used(criteo, tmp_path, capsys, caplog):
+  fields = {'save_steps': 10, 'keep_checkpoint_max': 3, 'no_eval': True}
+  spec = small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), **fields)
+  run(capsys, spec)
+  expected = state_of(tmp_path / 'a', STEPS)
+  for path in (tmp_path / f'a/checkpoints/{STEPS}/state').rglob('*'):
+    if path.is_file():
+      path.write_bytes(path.read_bytes()[:10])
+  assert run(capsys, spec)['step'] == STEPS
+  assert 'put aside' in caplog.text
+  assert_same(state_of(tmp_path / 'a', STEPS), expected)
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [
+    ('model__top_mlp', (8,)),
+    ('embedding__buckets', (60,)),
+    ('optimizer__name', 'adagrad'),
+    ('embedding__fusion', False),
+  ],
+)
+def test_a_checkpoint_of_another_model_is_one_clear_line(criteo, tmp_path, capsys, field, value):
+  run(capsys, small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), no_eval=True, steps=2))
+  with pytest.raises(CheckpointError) as error:
+    train.run(small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), no_eval=True, **{field: value}))
+  assert f'config.{field.replace("__", ".")}' in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(('field', 'value'), [('seed', 7), ('data__streams', 2), ('data__shuffle_rows', 0)])
+def test_another_order_of_the_data_in_mid_epoch_is_refused(criteo, tmp_path, capsys, field, value):
+  run(capsys, small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), no_eval=True, steps=2))
+  with pytest.raises(DataError, match=field.replace('__', r'\.')):
+    train.run(small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), no_eval=True, **{field: value}))
+
+
+def test_evaluation_during_training_changes_nothing(criteo, tmp_path, capsys):
+  run(capsys, small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), eval_every=4))
+  run(capsys, small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'b'), no_eval=True))
+  assert_same(state_of(tmp_path / 'a', STEPS), state_of(tmp_path / 'b', STEPS))
+  lines = [json.loads(line) for line in (tmp_path / 'a/metrics.jsonl').read_text().splitlines()]
+  assert [line['step'] for line in lines if line['kind'] == 'eval'] == [4, 8, 12, 16, 19]
+
+
+def test_divergence_ends_with_advice_and_leaves_no_checkpoint_of_it(criteo, tmp_path):
+  fields = {'optimizer__name': 'gradientdescent', 'optimizer__learning_rate': 1e30, 'model__batch_norm': False}
+  with pytest.raises(train.TrainingError, match='learning_rate'):
+    train.run(small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), save_steps=5, **fields))
+  for path in (tmp_path / 'a/checkpoints').iterdir():
+    leaves = jax.tree.leaves(state_of(tmp_path / 'a', int(path.name)))
+    assert all(np.isfinite(leaf).all() for leaf in leaves)
+
+
+def test_few_steps_have_no_rate_and_one_class_no_auc(criteo, tmp_path, capsys):
+  ones = tmp_path / 'ones'
+  ones.mkdir()
+  (ones / 'train.csv').write_text((criteo / 'train.csv').read_text())
+  (ones / 'eval.csv').write_text(''.join('1' + line[1:] for line in (criteo / 'eval.csv').read_text().splitlines(True)))
+  result = run(capsys, small_spec(ones, tmp_path, steps=3))
+  assert result['samples_per_second'] is None
+  assert result['auc'] is None
+  assert math.isfinite(result['log_loss'])
+
+
+def test_timeline_leaves_a_profile(criteo, tmp_path, capsys):
+  run(capsys, small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), timeline=10, no_eval=True))
+  assert list((tmp_path / 'a/timeline').rglob('*.trace.json.gz'))
+  assert list((tmp_path / 'a/timeline').rglob('*.xplane.pb'))
+
+
+def test_skipped_rows_are_counted(criteo, tmp_path, capsys):
+  folder = tmp_path / 'bad'
+  folder.mkdir()
+  lines = (criteo / 'train.csv').read_text().splitlines(keepends=True)
+  lines[40], lines[300] = '2' + lines[40][1:], 'what\n'
+  (folder / 'train.csv').write_text(''.join(lines))
+  (folder / 'eval.csv').write_text((criteo / 'eval.csv').read_text())
+  with pytest.raises(DataError, match=r'train\.csv.*line 41'):
+    train.run(small_spec(folder, tmp_path / 'o', no_eval=True))
+  assert run(capsys, small_spec(folder, tmp_path / 'o', data__on_bad_row='skip'))['skipped_rows'] == 2
