@@ -11,7 +11,8 @@ medians and ranges over the repetitions. Adam, `cat`, 19,044,490 rows of 16 (--b
 
 A ratio is one repetition's rate over the best PyTorch f32 rate of the same repetition. Peak memory is that of the whole
 process, and for *from the CSV* includes the checkpoint at the end, which takes 3.7 GB of TMPDIR for a while.
-Without --data, --rows synthetic rows are made in TMPDIR. Rates mean something only on a machine that does nothing else.
+Without --data, --rows synthetic rows are made in TMPDIR. The machine must be idle: PyTorch beside others can be ten
+times slower, since its threads wait for each other at every operation.
 """
 
 import argparse
@@ -202,8 +203,7 @@ def render(rows: dict[str, dict[str, Any]], failed: dict[str, str]) -> str:
 def find_data(args: argparse.Namespace, folder: Path) -> Path:
   """--data, or synthetic data made in a temporary folder."""
   if args.data:
-    common.check_data(args.data, 'train.csv')
-    return args.data.resolve()
+    return common.check_data(args.data, 'train.csv')
   common.say(f'making {args.rows:,} rows of data')
   flags = ('--rows', str(args.rows), '--eval_rows', '1', '--out', folder / 'data')
   common.run([sys.executable, '-m', 'dlrm_jax.data.synthetic', *flags])
@@ -214,7 +214,7 @@ def benchmark(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], s
   """The record and the table."""
   args.data, args.stretch = find_data(args, folder), max(1, args.steps // STRETCHES)
   (folder / 'arrays').mkdir()
-  python, torch, failed = None, None, {}
+  python, torch, failed, load = None, None, {}, common.load_before()
   try:
     python, torch = common.install_twin()
   except common.Failed as error:
@@ -227,8 +227,8 @@ def benchmark(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], s
   results, failed = summary(measured), failed | failed_later
   options = {name: getattr(args, name) for name in ('batch_size', 'buckets', 'steps', 'repetitions')}
   options |= {'optimizer': 'adam', 'interaction': 'cat', 'train_rows': rows, 'synthetic': common.about_data(args.data)}
-  record = {'machine': common.about_machine(torch), 'settings': options, 'rows': results, 'failed': failed}
-  return record, render(results, failed)
+  record = {'machine': common.about_machine(torch), 'load_before': load, 'settings': options}
+  return record | {'rows': results, 'failed': failed}, render(results, failed)
 
 
 def main(argv: list[str]) -> None:

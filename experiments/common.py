@@ -34,6 +34,14 @@ class Failed(RuntimeError):
   """A child that did not succeed; the message is one line, without paths or addresses."""
 
 
+def load_before() -> float:
+  """How much else the machine does, for the record; says so where it is too much to time anything."""
+  load = round(os.getloadavg()[0], 2)
+  if load > 0.5:
+    say(f'warning: the machine is busy (load average {load}): no rate of this run means anything')
+  return load
+
+
 def parser(kind: str, description: str) -> argparse.ArgumentParser:
   """The options that both programs have."""
   form = argparse.RawDescriptionHelpFormatter
@@ -180,13 +188,14 @@ def write_arrays(folder: Path, split: str, rows: int, batches: Iterable[tuple[An
     raise ValueError(f'the batches have {start} rows of {split} data, not {rows}')
 
 
-def check_data(folder: Path, *names: str) -> None:
-  """Ends the program with one line if a file is missing."""
+def check_data(folder: Path, *names: str) -> Path:
+  """The folder as an absolute path. Ends the program with one line if a file is missing in it."""
   for name in names:
     if not (folder / name).is_file():
       raise SystemExit(
         f'error: no {name} in {folder}; make some data: python -m dlrm_jax.data.synthetic --rows 8000000 --out {folder}'
       )
+  return folder.resolve()
 
 
 def about_data(folder: Path) -> dict[str, Any] | None:

@@ -65,9 +65,11 @@ def render(results: dict[str, list[Result]], seeds: list[int], best: dict[str, f
       mean, error = mean_and_error(values)
       difference = f'{mean - statistics.fmean(twin):+.5f}' if twin and name != TWIN else ''
       words = [*values, mean, error]
-      rate, peak = (statistics.median(run[key] for run in runs) for key in ('samples_per_second', 'peak_memory_gb'))
+      rates = [run['samples_per_second'] for run in runs if run['samples_per_second']]  # 20 steps or less have none
+      speed = f'{statistics.median(rates):,.0f}' if rates else ''
+      peak = max(run['peak_memory_gb'] for run in runs)
       numbers = ['' if word is None else f'{word:.5f}' for word in words]
-      lines.append([name, *numbers, difference, f'{rate:,.0f}', f'{peak:.2f}'])
+      lines.append([name, *numbers, difference, speed, f'{peak:.2f}'])
     if best and best[f'best_{metric}'] is not None:
       blank = [''] * len(seeds)
       lines.append(['best possible', *blank, f'{best[f"best_{metric}"]:.5f}', '', '', '', ''])
@@ -112,8 +114,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--seeds', type=int, nargs='+', default=[1, 2, 3])
   parser.add_argument('--steps', type=int, default=0, help='steps of a run, one epoch at most and by default')
   args = parser.parse_args(argv)
-  common.check_data(args.data, 'train.csv', 'eval.csv')
-  args.data = args.data.resolve()
+  args.data = common.check_data(args.data, 'train.csv', 'eval.csv')
   try:
     with tempfile.TemporaryDirectory() as name:
       record, table = measure(args, Path(name))
