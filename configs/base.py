@@ -61,7 +61,7 @@ def get_config() -> ConfigDict:
   # The optimizer, of dense parameters and of table rows alike.
   c.optimizer = ConfigDict()
   c.optimizer.name = 'adamasync'  # adam, adamasync, adagraddecay, adagrad, gradientdescent
-  c.optimizer.learning_rate = 0.01  # peak of the schedule
+  c.optimizer.learning_rate = 0.002  # peak of the schedule
   c.optimizer.warmup_steps = 0  # linear from 0 to learning_rate
   c.optimizer.decay = 'constant'  # after the warm-up: constant, linear, cosine, exponential, polynomial (of power 2)
   c.optimizer.decay_start = 0  # step at which the decay starts; 0: after the warm-up

@@ -26,10 +26,12 @@ def test_flags_and_defaults_are_the_seeds():
   assert vars(deeprec.parser().parse_args([])) == SEED_DEFAULTS
 
 
-def test_without_flags_only_the_buckets_differ_from_base():
+def test_without_flags_only_buckets_and_learning_rate_differ_from_base():
   ours, theirs = specs.to_dict(specs.from_config(base.get_config())), specs.to_dict(spec_of(''))
   assert theirs['embedding'].pop('buckets') == (10_000,) * 26
   assert ours['embedding'].pop('buckets') != (10_000,) * 26
+  assert theirs['optimizer'].pop('learning_rate') == 0.01
+  assert ours['optimizer'].pop('learning_rate') < 0.01
   assert ours == theirs
 
 
