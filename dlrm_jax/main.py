@@ -1,5 +1,6 @@
 """python -m dlrm_jax.main --config=configs/bf16.py [--config.field=value ...]"""
 
+import logging
 import os
 import re
 import sys
@@ -11,6 +12,8 @@ from ml_collections import ConfigDict, config_flags
 from dlrm_jax import spec as specs
 
 FLAGS = flags.FLAGS
+# DeepRec's memory optimizer watches the steps between these two; XLA plans its memory when it compiles.
+WITHOUT_COUNTERPART = {'START_STATISTIC_STEP', 'STOP_STATISTIC_STEP'}
 config_flags.DEFINE_config_file('config', None, 'Experiment file, for example configs/bf16.py.', lock_config=True)
 
 
@@ -28,6 +31,8 @@ def main(argv: list[str]) -> int:
   from dlrm_jax.logs import setup_logging
 
   setup_logging()
+  for name in WITHOUT_COUNTERPART & set(os.environ):
+    logging.info('%s is set; it has no counterpart here and changes nothing', name)
   try:
     train.run(spec)
   except (CheckpointError, DataError, train.TrainingError, OSError) as error:

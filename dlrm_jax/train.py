@@ -5,15 +5,17 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax import Array
 
 from dlrm_jax import sources
 from dlrm_jax import spec as specs
@@ -25,7 +27,7 @@ from dlrm_jax.sources import Position, Sources
 from dlrm_jax.spec import Spec
 from dlrm_jax.state import init_state
 from dlrm_jax.step import jit_logits, jit_train_step
-from dlrm_jax.structs import TrainState
+from dlrm_jax.structs import Batch, TrainState
 
 # Compilation and the first window of data fall into these; samples_per_second leaves them out.
 WARMUP_STEPS = 20
@@ -53,6 +55,7 @@ class Run:
   sources: Sources
   checkpoints: Checkpoints
   records: Records
+  logits: Callable[[TrainState, Batch], Array]
   state: TrainState
   step: int
   last_step: int
@@ -80,16 +83,16 @@ def run(spec: Spec) -> None:
     (folder / 'config.json').write_text(json.dumps(specs.to_dict(spec), indent=2) + '\n')
     last_step = spec.steps or step + sources.remaining_batches(data, spec, position)
     with Records(folder, step) as records:
-      run = Run(program, data, checkpoints, records, state, step, last_step, position)
-      del state  # the run owns it now: a second reference would keep the first tables alive
+      job = Run(program, data, checkpoints, records, jit_logits(program), state, step, last_step, position)
+      del state  # the job owns it now: a second reference would keep the first tables alive
       if step >= last_step:
         logging.info('already at step %d, the run was to end at step %d: nothing to train', step, last_step)
       else:
-        train(run)
-        run.save()
-      evaluation = {} if spec.no_eval else evaluation_of(run)
+        train(job)
+        job.save()
+      evaluation = {} if spec.no_eval else evaluation_of(job)
       checkpoints.wait()
-  print_result(run, evaluation, folder)
+  print_result(job, evaluation, folder)
 
 
 def train(run: Run) -> None:
@@ -185,7 +188,7 @@ def evaluation_of(run: Run) -> Scalars:
   """Metrics over the whole evaluation set, recorded."""
   started = time.perf_counter()
   with sources.eval_batches(run.sources, run.spec) as batches:
-    result = evaluate(jit_logits(run.program), run.state, (batch for batch, _ in batches))
+    result = evaluate(run.logits, run.state, (batch for batch, _ in batches))
   run.records.write('eval', run.step, result)
   seconds = time.perf_counter() - started
   shown = ', '.join(f'{name} {value:.6g}' for name, value in result.items() if value is not None)
@@ -211,6 +214,12 @@ def restore_or_init(program: Program, data: Sources, checkpoints: Checkpoints) -
   abstract = jax.eval_shape(lambda: init_state(program))
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
   logging.info('%d table(s), %s rows; with all optimizer memory %.2f GB', len(program.layout), f'{rows:,}', size / 1e9)
+  memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+  if jax.default_backend() == 'cpu' and size > memory:
+    raise TrainingError(
+      f'the tables need {size / 1e9:.1f} GB with the optimizer, this machine has {memory / 1e9:.1f} GB; lower '
+      'config.embedding.buckets or config.embedding.dim'
+    )
   restored = checkpoints.restore(program)
   if restored is None:
     return init_state(program), 0, sources.START

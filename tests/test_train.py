@@ -127,7 +127,24 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_is_used(criteo,
       path.write_bytes(path.read_bytes()[:10])
   assert run(capsys, spec)['step'] == STEPS
   assert 'put aside' in caplog.text
+  assert list((tmp_path / 'a/checkpoints').glob(f'damaged-{STEPS}-*'))
   assert_same(state_of(tmp_path / 'a', STEPS), expected)
+
+
+def test_when_no_checkpoint_can_be_read_the_run_does_not_start_anew(criteo, tmp_path, capsys):
+  spec = small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), no_eval=True)
+  run(capsys, spec)
+  for path in (tmp_path / f'a/checkpoints/{STEPS}').rglob('*'):
+    if path.is_file():
+      path.write_bytes(b'')
+  with pytest.raises(CheckpointError, match='can be read'):
+    train.run(spec)
+  assert (tmp_path / f'a/checkpoints/{STEPS}').exists()
+
+
+def test_tables_larger_than_the_memory_end_before_they_are_made(criteo, tmp_path):
+  with pytest.raises(train.TrainingError, match=r'GB.*config\.embedding\.buckets'):
+    train.run(small_spec(criteo, tmp_path, no_eval=True, embedding__buckets=(4_000_000,), embedding__dim=4096))
 
 
 @pytest.mark.parametrize(

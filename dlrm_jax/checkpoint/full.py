@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +77,28 @@ class Checkpoints:
     self._manager.wait_until_finished()
 
   def restore(self, program: Program) -> Restored | None:
-    """The newest checkpoint that can be read; None if there is none at all. CheckpointError for another model's."""
+    """The newest checkpoint that can be read; newer ones are put aside. None if there are no checkpoints at all.
+
+    Raises CheckpointError if one is of another model, or if none can be read: to start anew then would lose a run.
+    """
+    unreadable = []
     for step in reversed(self.steps()):
       try:
-        return self._restore(step, program)
+        restored = self._restore(step, program)
       except CheckpointError:
         raise
-      except Exception as error:
-        logging.warning('checkpoint %s/%d cannot be read and is put aside: %s', self.folder, step, first_line(error))
-        self._put_aside(step)
+      except Exception as error:  # whatever a damaged file makes the reader raise
+        logging.warning('checkpoint %s/%d cannot be read: %s', self.folder, step, first_line(error))
+        unreadable.append(step)
+        continue
+      for newer in unreadable:
+        self._put_aside(newer)
+      return restored
+    if unreadable:
+      raise CheckpointError(
+        f'no checkpoint in {self.folder} can be read (steps {unreadable}); bring a copy back, or set config.checkpoint '
+        'to another folder to start anew'
+      )
     return None
 
   def _restore(self, step: int, program: Program) -> Restored:
@@ -100,8 +114,10 @@ class Checkpoints:
     return Restored(step, from_dict(template, tree), items.position, items.config)
 
   def _put_aside(self, step: int) -> None:
-    source = self.folder / str(step)
-    source.rename(self.folder / f'damaged-{step}')
+    # Or the run could not save this step again.
+    aside = self.folder / f'damaged-{step}-{time.time_ns()}'
+    (self.folder / str(step)).rename(aside)
+    logging.warning('put aside as %s', aside)
     self._manager.reload()
 
 
