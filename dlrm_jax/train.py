@@ -90,8 +90,8 @@ def run(spec: Spec) -> None:
       else:
         train(job)
         job.save()
+        checkpoints.wait()  # before the evaluation, which may take long and be cut off
       evaluation = {} if spec.no_eval else evaluation_of(job)
-      checkpoints.wait()
   print_result(job, evaluation, folder)
 
 
@@ -128,6 +128,7 @@ def train(run: Run) -> None:
     watch.pause(run.state)
   run.samples_per_second = watch.rate()
   run.skipped_rows = batches.items.skipped_rows
+  warn_of_skipped(run.skipped_rows, 'training')
   if signals.received:
     run.save()
     run.checkpoints.wait()
@@ -189,12 +190,19 @@ def evaluation_of(run: Run) -> Scalars:
   started = time.perf_counter()
   with sources.eval_batches(run.sources, run.spec) as batches:
     result = evaluate(run.logits, run.state, (batch for batch, _ in batches))
+  warn_of_skipped(batches.items.skipped_rows, 'evaluation')
   run.records.write('eval', run.step, result)
   seconds = time.perf_counter() - started
   shown = ', '.join(f'{name} {value:.6g}' for name, value in result.items() if value is not None)
   logging.info('evaluation at step %d: %s (%.1f s)', run.step, shown, seconds)
   warn_if_useless(result)
   return result
+
+
+def warn_of_skipped(rows: int, what: str) -> None:
+  """Says how many bad rows were left out."""
+  if rows:
+    logging.warning('%d bad rows of the %s data were left out (data.on_bad_row=skip)', rows, what)
 
 
 def warn_if_useless(result: Scalars) -> None:

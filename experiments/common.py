@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PEER = ROOT / 'experiments' / 'peers' / 'pytorch'
 CORES = len(os.sched_getaffinity(0))
+LEARNING_RATE = 0.002  # of all systems: the default of configs/base.py
 FLAGS = ('amx_bf16', 'avx512_bf16')  # of the processor: what makes bfloat16 products fast
 
 
@@ -116,7 +117,7 @@ def install_twin() -> tuple[Path, str]:
 
 def run_twin(python: Path, mode: str, **flags: Any) -> tuple[dict[str, Any], float]:
   """`run` of the twin with these flags, on all cores."""
-  flags |= {'mode': mode, 'threads': CORES}
+  flags |= {'mode': mode, 'threads': CORES, 'learning_rate': LEARNING_RATE}
   words = [str(word) for name, value in flags.items() for word in (f'--{name}', value)]
   return run([python, PEER / 'twin.py', *words])
 
@@ -132,6 +133,7 @@ def dlrm_jax(config: str, data: Path, output: Path, rows: int, batch_size: int, 
     flags = (*flags, f'--config.embedding.buckets=({rows},)')
   return [
     *(sys.executable, '-m', 'dlrm_jax.main', f'--config=configs/{config}.py', '--config.optimizer.name=adam'),
+    f'--config.optimizer.learning_rate={LEARNING_RATE}',
     *(f'--config.data_location={data}', f'--config.output_dir={output}', f'--config.batch_size={batch_size}', *flags),
   ]
 
@@ -141,7 +143,7 @@ def make_spec(config: str, data: Path, rows: int, batch_size: int, **fields: Any
   from dlrm_jax import spec as specs
 
   values = importlib.import_module(f'configs.{config}').get_config()
-  values.optimizer.name = 'adam'
+  values.optimizer.name, values.optimizer.learning_rate = 'adam', LEARNING_RATE
   values.update({'data_location': str(data), 'batch_size': batch_size, **fields})
   if rows:
     values.embedding.buckets = (rows,)

@@ -65,7 +65,7 @@ def close(a, b, **tolerance):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
 
 
-@pytest.mark.parametrize('optimizer', ['adam', 'adamasync', 'adagrad', 'adagraddecay', 'gradientdescent'])
+@pytest.mark.parametrize('optimizer', ['adamasync', 'adagraddecay'])  # slots with and without a leaf of width 1
 def test_one_table_or_26_give_the_same_bits(optimizer):
   fused, fused_losses = run(optimizer__name=optimizer)
   single, single_losses = run(optimizer__name=optimizer, embedding__fusion=False)
