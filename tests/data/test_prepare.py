@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from dlrm_jax.data import index, pipeline, prepare
+from dlrm_jax.data import index, pipeline, prepare, split
 from dlrm_jax.data.schema import CATEGORIES, COLUMNS, DataError
 
 
@@ -38,7 +38,7 @@ def source(criteo, tmp_path):
 def small_blocks(monkeypatch):
   """Blocks and chunks that a small test file has many of."""
   monkeypatch.setattr(prepare, 'BLOCK', 3000)
-  monkeypatch.setattr(prepare, 'CHUNK', 64)
+  monkeypatch.setattr(split, 'CHUNK', 64)
 
 
 def expected_time_split(rows, train, evaluation):
@@ -79,8 +79,8 @@ def test_time_split_of_any_range(data):
   for row in range(start, stop):
     k = math.ceil(row * taken / rows) if scale == 1 else -(-row * taken // rows)
     hit = k < taken and k * rows // taken == row
-    expected.append((prepare.TRAIN if k < train else prepare.EVAL) if hit else prepare.NOWHERE)
-  assert prepare.time_split(rows, train, evaluation)(start, stop).tolist() == expected
+    expected.append((split.TRAIN if k < train else split.EVAL) if hit else split.NOWHERE)
+  assert split.time_split(rows, train, evaluation)(start, stop).tolist() == expected
 
 
 @pytest.mark.parametrize(('train', 'evaluation'), [(240, 60), (100, 30), (0, 60), (1, 1)])
@@ -116,20 +116,20 @@ def test_random_split_depends_on_the_seed_alone(criteo, source, tmp_path, monkey
 
 def test_random_split_is_uniform(monkeypatch):
   """Each row, and each pair of rows across chunks, goes to training as often as chance says."""
-  monkeypatch.setattr(prepare, 'CHUNK', 4)
-  draws = np.array([prepare.random_split(10, 5, 2, seed)(0, 10) for seed in range(600)])
-  assert ((draws == prepare.TRAIN).sum(axis=1) == 5).all()
-  assert ((draws == prepare.EVAL).sum(axis=1) == 2).all()
-  np.testing.assert_allclose((draws == prepare.TRAIN).mean(axis=0), 0.5, atol=0.08)
-  np.testing.assert_allclose((draws == prepare.EVAL).mean(axis=0), 0.2, atol=0.08)
+  monkeypatch.setattr(split, 'CHUNK', 4)
+  draws = np.array([split.random_split(10, 5, 2, seed)(0, 10) for seed in range(600)])
+  assert ((draws == split.TRAIN).sum(axis=1) == 5).all()
+  assert ((draws == split.EVAL).sum(axis=1) == 2).all()
+  np.testing.assert_allclose((draws == split.TRAIN).mean(axis=0), 0.5, atol=0.08)
+  np.testing.assert_allclose((draws == split.EVAL).mean(axis=0), 0.2, atol=0.08)
   for other in (1, 5, 9):
-    both = ((draws[:, 0] == prepare.TRAIN) & (draws[:, other] == prepare.TRAIN)).mean()
+    both = ((draws[:, 0] == split.TRAIN) & (draws[:, other] == split.TRAIN)).mean()
     assert both == pytest.approx(5 / 10 * 4 / 9, abs=0.08)
 
 
 def test_random_split_of_too_many_rows():
   with pytest.raises(DataError, match=r'fewer than 10\^9 rows, found 1000000000; pass --split time'):
-    prepare.random_split(10**9, 5, 2)
+    split.random_split(10**9, 5, 2)
 
 
 @pytest.mark.parametrize('end', ['\n', '\r\n'])
