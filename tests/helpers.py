@@ -11,7 +11,7 @@ from dlrm_jax import spec as specs
 # 600 rows in batches of 32: 19 steps an epoch, the last one partial.
 SMALL = {
   'batch_size': 32, 'data.streams': 4, 'model.bottom_mlp': (16, 8), 'model.top_mlp': (16,), 'embedding.dim': 8,
-  'embedding.buckets': (50,), 'log_every': 5,
+  'embedding.buckets': (50,), 'log_every': 5, 'optimizer.learning_rate': 0.01,
 }  # fmt: skip
 
 
