@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import time
 from pathlib import Path
@@ -65,7 +66,8 @@ class Progress:
   """A bar with rate and time left on a terminal; nothing elsewhere, where log lines must do. A context manager."""
 
   def __init__(self, step: int, last_step: int, batch_size: int) -> None:
-    terminal = sys.stderr.isatty()
+    # A terminal of width 0, such as some containers have, would show nothing at all.
+    terminal = sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
     self._bar = tqdm(
       total=last_step * batch_size, initial=step * batch_size, unit=' samples', unit_scale=True,
       disable=not terminal, dynamic_ncols=True, smoothing=0.1, desc='train',

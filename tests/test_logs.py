@@ -1,0 +1,62 @@
+"""What a person sees while a run goes on: a bar on a terminal, lines elsewhere."""
+
+import fcntl
+import os
+import pty
+import struct
+import sys
+import termios
+
+import pytest
+
+from dlrm_jax.logs import Stopwatch
+
+SHOW = """
+import logging
+from dlrm_jax.logs import Progress, setup_logging
+setup_logging()
+with Progress(10, 20, 512) as bar:
+  for step in range(10):
+    bar.advance()
+    bar.show(0.5)
+  logging.info('visible %s', bar.visible)
+"""
+
+
+@pytest.mark.parametrize(('columns', 'visible'), [(100, True), (0, False)])
+def test_a_bar_on_a_terminal_that_has_a_width(columns, visible, repository):
+  child, descriptor = pty.fork()
+  if not child:
+    os.chdir(repository)
+    fcntl.ioctl(2, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
+    os.execv(sys.executable, [sys.executable, '-c', SHOW])
+  text = b''
+  while True:
+    try:
+      part = os.read(descriptor, 4096)
+    except OSError:  # Linux says so at the end of a terminal
+      break
+    if not part:
+      break
+    text += part
+  os.close(descriptor)
+  assert os.waitpid(child, 0)[1] == 0
+  assert f'visible {visible}' in text.decode()
+  assert ('train: 100%' in text.decode()) == visible
+  assert ('samples/s, loss 0.5000' in text.decode()) == visible
+
+
+def test_the_stopwatch_leaves_out_the_first_steps_and_pauses(monkeypatch):
+  now = iter(range(0, 1000, 10))
+  monkeypatch.setattr('time.perf_counter', lambda: next(now))
+  watch = Stopwatch(skip=2)
+  watch.count(512, ())
+  assert watch.rate() is None
+  watch.count(512, ())  # the clock starts: 0 s
+  for _ in range(3):
+    watch.count(100, ())
+  watch.pause(())  # 10 s
+  watch.go()  # 20 s
+  watch.count(100, ())
+  watch.pause(())  # 30 s
+  assert watch.rate() == 400 / 20
