@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 
 import jax
@@ -128,3 +129,18 @@ def test_killed_at_random_moments_and_resumed_the_bits_are_those_of_an_unkilled_
   lines = [json.loads(line) for line in (tmp_path / 'b/metrics.jsonl').read_text().splitlines()]
   steps = [line['step'] for line in lines if line['kind'] == 'train']
   assert steps == sorted(set(steps)), delays
+
+
+@pytest.mark.parametrize('count', [1, 3])
+def test_intra_is_the_number_of_xla_threads(count, repository):
+  code = """
+import glob, sys
+from dlrm_jax.main import set_threads
+set_threads(int(sys.argv[1]))
+import jax.numpy as jnp
+(jnp.ones((500, 500)) @ jnp.ones((500, 500))).block_until_ready()
+print([open(path).read().strip() for path in glob.glob('/proc/self/task/*/comm')].count('tf_XLAEigen'))
+"""
+  exit_code, out, err = execute([sys.executable, '-c', code, str(count)], repository)
+  assert exit_code == 0, err
+  assert int(out) == count
