@@ -51,9 +51,7 @@ def make_program(spec: Spec) -> Program:
 def learning_rate(spec: OptimizerSpec) -> LearningRate:
   """The learning rate as a schedule, or as a number if it never changes."""
   start = spec.decay_start or None
-  return schedule(
-    spec.decay, spec.learning_rate, spec.warmup_steps, spec.decay_steps, start, spec.final_factor
-  )
+  return schedule(spec.decay, spec.learning_rate, spec.warmup_steps, spec.decay_steps, start, spec.final_factor)
 
 
 def _adam_options(spec: OptimizerSpec) -> dict[str, Any]:

@@ -48,9 +48,7 @@ def gradients(
 
   def bottom(params: Any) -> tuple[Array, Any]:
     variables = {'params': params, 'batch_stats': state.batch_stats}
-    h, new = program.model.apply(
-      variables, batch.dense, batch.weight, True, mutable=['batch_stats'], method='bottom'
-    )
+    h, new = program.model.apply(variables, batch.dense, batch.weight, True, mutable=['batch_stats'], method='bottom')
     return h, new.get('batch_stats', {})
 
   h, bottom_vjp, batch_stats = jax.vjp(bottom, state.params, has_aux=True)

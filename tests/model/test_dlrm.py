@@ -72,6 +72,7 @@ class Reference:
 
   def interact(self, bottom, vectors):
     if self.interaction == 'cat':
+
       def back(g, grads):
         grads['vectors'] = g[:, bottom.shape[1] :].reshape(vectors.shape)
         return g[:, : bottom.shape[1]]
@@ -122,9 +123,7 @@ def test_forward_and_gradients_equal_the_numpy_network(interaction):
   variables = init(model, dense, vectors, weight)
 
   def loss(params, vectors):
-    logit, _ = model.apply(
-      {**variables, 'params': params}, dense, vectors, weight, train=True, mutable=['batch_stats']
-    )
+    logit, _ = model.apply({**variables, 'params': params}, dense, vectors, weight, train=True, mutable=['batch_stats'])
     return cross_entropy(logit, label, weight, weight.sum()), logit
 
   (value, logit), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(variables['params'], vectors)
