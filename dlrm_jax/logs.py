@@ -97,6 +97,31 @@ class Progress:
     self._bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)
 
 
+class Meter:
+  """Mean loss and rate since the last line of log, without waiting for the device in between."""
+
+  def __init__(self) -> None:
+    self.restart()
+
+  def restart(self) -> None:
+    """Forgets what was added."""
+    self._metrics: list[dict[str, Any]] = []
+    self._since = time.perf_counter()
+
+  def add(self, metrics: dict[str, Any]) -> None:
+    """The metrics of one more step."""
+    self._metrics.append(metrics)
+
+  def read(self) -> Scalars:
+    """Means since the last read."""
+    parts = jax.device_get(self._metrics)
+    examples = float(sum(part['examples'] for part in parts))
+    loss = float(sum(part['loss'] * part['examples'] for part in parts)) / examples if examples else None
+    rate = examples / (time.perf_counter() - self._since)
+    self.restart()
+    return {'loss': loss, 'samples_per_second': round(rate, 1)}
+
+
 class Stopwatch:
   """Seconds and examples of steady training: the first `skip` steps and what is between pause and go are left out."""
 

@@ -21,7 +21,7 @@ from dlrm_jax import sources
 from dlrm_jax import spec as specs
 from dlrm_jax.checkpoint.full import Checkpoints
 from dlrm_jax.evaluate import evaluate
-from dlrm_jax.logs import Progress, Records, Stopwatch
+from dlrm_jax.logs import Meter, Progress, Records, Scalars, Stopwatch
 from dlrm_jax.program import Program, make_program
 from dlrm_jax.sources import Position, Sources
 from dlrm_jax.spec import Spec
@@ -31,8 +31,6 @@ from dlrm_jax.structs import Batch, TrainState
 
 # Compilation and the first window of data fall into these; samples_per_second leaves them out.
 WARMUP_STEPS = 20
-
-Scalars = dict[str, float | int | None]
 
 
 class TrainingError(RuntimeError):
@@ -138,31 +136,6 @@ def train(run: Run) -> None:
 def every(steps: int, step: int) -> bool:
   """Whether something that happens every so many steps (0: never) happens after this one."""
   return steps > 0 and step % steps == 0
-
-
-class Meter:
-  """Mean loss and rate since the last line of log, without waiting for the device in between."""
-
-  def __init__(self) -> None:
-    self.restart()
-
-  def restart(self) -> None:
-    """Forgets what was added."""
-    self._metrics: list[dict[str, Any]] = []
-    self._since = time.perf_counter()
-
-  def add(self, metrics: dict[str, Any]) -> None:
-    """The metrics of one more step."""
-    self._metrics.append(metrics)
-
-  def read(self) -> Scalars:
-    """Means since the last read."""
-    parts = jax.device_get(self._metrics)
-    examples = float(sum(part['examples'] for part in parts))
-    loss = float(sum(part['loss'] * part['examples'] for part in parts)) / examples if examples else None
-    rate = examples / (time.perf_counter() - self._since)
-    self.restart()
-    return {'loss': loss, 'samples_per_second': round(rate, 1)}
 
 
 def log(run: Run, meter: Meter, progress: Progress) -> None:
