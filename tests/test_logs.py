@@ -1,9 +1,11 @@
 """What a person sees while a run goes on: a bar on a terminal, lines elsewhere."""
 
+import contextlib
 import fcntl
 import os
 import pty
 import struct
+import subprocess
 import sys
 import termios
 
@@ -25,22 +27,16 @@ with Progress(10, 20, 512) as bar:
 
 @pytest.mark.parametrize(('columns', 'visible'), [(100, True), (0, False)])
 def test_a_bar_on_a_terminal_that_has_a_width(columns, visible, repository):
-  child, descriptor = pty.fork()
-  if not child:
-    os.chdir(repository)
-    fcntl.ioctl(2, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
-    os.execv(sys.executable, [sys.executable, '-c', SHOW])
+  ours, theirs = pty.openpty()
+  fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
+  child = subprocess.Popen([sys.executable, '-c', SHOW], cwd=repository, stderr=theirs)
+  os.close(theirs)
   text = b''
-  while True:
-    try:
-      part = os.read(descriptor, 4096)
-    except OSError:  # Linux says so at the end of a terminal
-      break
-    if not part:
-      break
-    text += part
-  os.close(descriptor)
-  assert os.waitpid(child, 0)[1] == 0
+  with contextlib.suppress(OSError):  # Linux says so at the end of a terminal
+    while part := os.read(ours, 4096):
+      text += part
+  os.close(ours)
+  assert child.wait(60) == 0
   assert f'visible {visible}' in text.decode()
   assert ('train: 100%' in text.decode()) == visible
   assert ('samples/s, loss 0.5000' in text.decode()) == visible
