@@ -9,14 +9,12 @@ import optax
 from jax import Array
 
 from dlrm_jax.embeddings.layout import TableLayout, static_layout
-from dlrm_jax.embeddings.update import update_all, update_rows
+from dlrm_jax.embeddings.update import UPDATES
 from dlrm_jax.model.dlrm import DLRM
 from dlrm_jax.optim import OPTIMIZERS, dense_transform
 from dlrm_jax.optim.schedules import LearningRate, schedule
 from dlrm_jax.spec import OptimizerSpec, Spec
 from dlrm_jax.structs import Table
-
-TABLE_UPDATES = {'touched': update_rows, 'all': update_all}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +42,7 @@ def make_program(spec: Spec) -> Program:
     layout=static_layout(spec.embedding),
     dense_tx=dense_transform(dense_tx, rate, options.weight_decay),
     table_tx=table_tx,
-    update_table=functools.partial(TABLE_UPDATES[options.table_update], table_tx, l2=spec.embedding.l2),
+    update_table=functools.partial(UPDATES[options.table_update], table_tx, l2=spec.embedding.l2),
   )
 
 

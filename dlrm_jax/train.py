@@ -8,7 +8,6 @@ import math
 import os
 import resource
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -265,14 +264,12 @@ class StopSignals:
 
 def print_result(run: Run, evaluation: Scalars, folder: Path) -> None:
   """The one line of stdout."""
-  evaluation.pop('examples', None)
   result = {
     'step': run.step,
     'samples_per_second': run.samples_per_second and round(run.samples_per_second, 1),
-    **evaluation,
+    **{name: value for name, value in evaluation.items() if name != 'examples'},
     'skipped_rows': run.skipped_rows,
     'peak_memory_gb': round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 3),
     'output_dir': str(folder),
   }
   print(json.dumps(result), flush=True)
-  sys.stdout.flush()

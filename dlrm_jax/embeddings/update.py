@@ -75,5 +75,5 @@ def update_all(
   return table.replace(value=optax.apply_updates(table.value, updates), slots=slots)
 
 
-# How an optimizer meets a table, by name.
-UPDATES = {'rows': update_rows, 'all': update_all}
+# How an optimizer meets a table, by the names of config.optimizer.table_update.
+UPDATES = {'touched': update_rows, 'all': update_all}

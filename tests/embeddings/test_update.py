@@ -51,7 +51,7 @@ def test_update_rows_equals_numpy(case, steps, seed, l2):
   for t, rows in enumerate(steps, 1):
     row, grad = np.asarray(rows, np.int32), rng.normal(size=(LANES, D))
     expected, state = reference.step_rows(case, expected, state, t, LR, row, grad, l2)
-    table = jit_update(case, 'rows')(table, row, f32(grad), l2)
+    table = jit_update(case, 'touched')(table, row, f32(grad), l2)
   np.testing.assert_allclose(table.value, expected, rtol=1e-4, atol=1e-4)
   reference.assert_state(table.slots, state, 1e-4)
   assert table.slots.count == len(steps)
@@ -68,7 +68,7 @@ def test_many_rows_equal_numpy(case):
     row = np.where(rng.random(lanes) < 0.2, 7, rng.integers(0, rows + 500, lanes)).astype(np.int32)
     grad = rng.normal(size=(lanes, D))
     expected, state = reference.step_rows(case, expected, state, t, LR, row, grad, 0.1)
-    table = jit_update(case, 'rows')(table, row, f32(grad), 0.1)
+    table = jit_update(case, 'touched')(table, row, f32(grad), 0.1)
   np.testing.assert_allclose(table.value, expected, rtol=2e-4, atol=2e-4)
   reference.assert_state(table.slots, state, 1e-3)
 
@@ -138,7 +138,7 @@ def test_l2_acts_once_on_touched_rows_only(how):
 def test_no_row_at_all_changes_nothing_but_the_shared_slots(case):
   before = make_table(reference.make(case, LR), np.random.default_rng(5).normal(size=(ROWS, D)))
   kept = [np.array(leaf) for leaf in jax.tree.leaves((before.value, before.slots))]
-  after = jit_update(case, 'rows')(before, jnp.full(LANES, ROWS, jnp.int32), jnp.ones((LANES, D)), 0.1)
+  after = jit_update(case, 'touched')(before, jnp.full(LANES, ROWS, jnp.int32), jnp.ones((LANES, D)), 0.1)
   for old, new in zip(kept, jax.tree.leaves((after.value, after.slots)), strict=True):
     np.testing.assert_array_equal(new, old if old.ndim else old + 1)
 
@@ -147,7 +147,7 @@ def test_the_scratch_does_not_matter_and_lanes_are_added_in_order():
   rng = np.random.default_rng(6)
   row, grad = rng.integers(0, ROWS, LANES).astype(np.int32), f32(rng.normal(size=(LANES, D)))
   tx = reference.make('adam', LR)
-  update = jit_update('adam', 'rows')
+  update = jit_update('adam', 'touched')
   tables = [update(make_table(tx, np.ones((ROWS, D)), seed), row, grad, 0.0) for seed in range(3)]
   for table in tables[1:]:
     np.testing.assert_array_equal(table.value, tables[0].value)
