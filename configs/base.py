@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
   c.timeline = 0  # steps between jax.profiler traces of one step; 0: none
   c.smartstaged = True  # parse, hash and place batches in the background, ahead of the step
   c.op_fusion = True  # XLA's fusion passes; False only to see what they are worth
+  c.native = True  # C++ kernels, built at first use where there is a compiler; False: XLA alone. Same numbers
   c.inter = 0  # threads that parse and hash; 0: one
   c.intra = 0  # threads of XLA; 0: one per core
 
@@ -41,6 +42,7 @@ def get_config() -> ConfigDict:
   c.data.shuffle_rows = 20480  # rows of a stream that are shuffled together (at least 20000); 0: file order
   c.data.dense_transform = 'log'  # of I1..I13. log: sign(x) log(1 + |x|); minmax: (x - min) / range; none
   c.data.on_bad_row = 'error'  # error: stop, naming file, line and field; skip: leave it out and count it
+  c.data.cache = False  # True: parse once into an Arrow cache (264 bytes a row) beside the files, and read that
 
   # The model: bottom MLP on the integers, 26 embeddings, interaction, top MLP, one logit.
   c.model = ConfigDict()
@@ -55,6 +57,7 @@ def get_config() -> ConfigDict:
   c.embedding.kind = 'static'  # static: row = Fingerprint64(string) mod buckets
   c.embedding.dim = 16  # width of a vector
   c.embedding.buckets = BUCKETS  # rows of C1..C26; a tuple of one number stands for 26 times that number
+  c.embedding.dtype = 'float32'  # of rows and slots; bfloat16: half the memory, rounded at random when written
   c.embedding.fusion = True  # True: one table for all 26 columns; False: one each. Same numbers
   c.embedding.l2 = 0.0  # adds l2 * vector to the gradient of every touched row, once a step
 

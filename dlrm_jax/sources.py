@@ -2,11 +2,13 @@
 
 import dataclasses
 import logging
+import os
 from typing import Any
 
 import jax
 
 from dlrm_jax.data import pipeline
+from dlrm_jax.data.cache import index_cached
 from dlrm_jax.data.index import FileIndex, index_files
 from dlrm_jax.data.schema import DataError, DataSpec
 from dlrm_jax.data.stage import Staged, stage
@@ -29,17 +31,18 @@ class Sources:
 
 def open_sources(spec: Spec) -> Sources:
   """Finds, counts and checks the files. DataError, with file and fix, if something is wrong with them."""
+  settings = dataclasses.asdict(spec.data)
+  cache = settings.pop('cache')
   reading = DataSpec(
-    location=spec.data_location,
-    buckets=spec.embedding.buckets,
-    threads=max(1, spec.inter),
-    **dataclasses.asdict(spec.data),
+    location=spec.data_location, buckets=spec.embedding.buckets, threads=max(1, spec.inter), **settings
   )
-  sources = Sources(
-    reading,
-    train=index_files(spec.data.train, spec.data_location, spec.data.on_bad_row),
-    eval=None if spec.no_eval else index_files(spec.data.eval, spec.data_location, spec.data.on_bad_row),
-  )
+
+  def index(pattern: str) -> FileIndex:
+    if cache:
+      return index_cached(pattern, reading, os.path.join(spec.output_dir, 'cache'))
+    return index_files(pattern, reading.location, reading.on_bad_row)
+
+  sources = Sources(reading, train=index(spec.data.train), eval=None if spec.no_eval else index(spec.data.eval))
   logging.info(
     'data: %s rows to train on, %s to evaluate',
     f'{sources.train.rows:,}', f'{sources.eval.rows:,}' if sources.eval else 'none',

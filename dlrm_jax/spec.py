@@ -62,6 +62,7 @@ class DataSpec:
   shuffle_rows: int = _field((lambda rows: rows == 0 or rows >= 20000, 'must be 0 (file order) or at least 20000'))
   dense_transform: str = _one_of('log', 'minmax', 'none')
   on_bad_row: str = _one_of('error', 'skip')
+  cache: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +88,7 @@ class EmbeddingSpec:
       f'must be one number or {COLUMNS} numbers of at least 1, less than 2**31 rows in all',
     )
   )
+  dtype: str = _one_of('float32', 'bfloat16')
   fusion: bool
   l2: float = _at_least(0)
 
@@ -133,6 +135,7 @@ class Spec:
   timeline: int = _at_least(0)
   smartstaged: bool
   op_fusion: bool
+  native: bool
   inter: int = _at_least(0)
   intra: int = _at_least(0)
   data: DataSpec
@@ -237,6 +240,11 @@ def _check_together(spec: Spec) -> None:
     raise SpecError(
       f'config.model.bottom_mlp={spec.model.bottom_mlp}: with interaction dot its last layer must be as wide as the '
       f'vectors; set it or config.embedding.dim={spec.embedding.dim}'
+    )
+  if spec.embedding.dtype == 'bfloat16' and spec.optimizer.table_update == 'all':
+    raise SpecError(
+      "config.embedding.dtype='bfloat16': rounds the rows that a batch touches, so it needs "
+      "config.optimizer.table_update='touched'"
     )
   if spec.batch_size % spec.micro_batch:
     low = max(1, spec.batch_size // spec.micro_batch) * spec.micro_batch

@@ -54,6 +54,7 @@ def test_a_single_number_of_buckets_stands_for_all_columns():
     ('data.shuffle_rows', 100, ['config.data.shuffle_rows=100', '20000']),
     ('data.dense_transform', 'sqrt', ['dense_transform', 'log, minmax, none']),
     ('data.on_bad_row', 'ignore', ['on_bad_row', 'error, skip']),
+    ('data.cache', 'yes', ['config.data.cache', 'True or False']),
     ('model.top_mlp', (), ['config.model.top_mlp=()']),
     ('model.top_mlp', (512, 'x'), ['config.model.top_mlp', 'whole numbers']),
     ('model.bottom_mlp', (512, 0), ['config.model.bottom_mlp', 'at least 1']),

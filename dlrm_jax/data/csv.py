@@ -1,4 +1,4 @@
-"""One CSV file: an index of its lines, and packed rows of any range of them.
+"""One CSV file: an index of its lines, and the parsed columns of any range of them.
 
 Arrow's reader parses a range of rows at once; only where it refuses is the range looked at line by line (`bad_rows`).
 """
@@ -12,8 +12,8 @@ import pyarrow as pa
 from pyarrow import csv as arrow_csv
 
 from dlrm_jax.data import bad_rows
-from dlrm_jax.data.encode import WIDTH, encode
-from dlrm_jax.data.schema import CATEGORIES, COLUMNS, INTEGERS, LABEL, DataError, DataSpec
+from dlrm_jax.data.encode import Columns, spread, to_columns
+from dlrm_jax.data.schema import CATEGORIES, COLUMNS, INTEGERS, LABEL, DataError
 
 # The index keeps one count a block; finding a row scans one block.
 BLOCK = 1 << 18
@@ -41,8 +41,8 @@ class CsvFile:
   rows: int
   newlines: np.ndarray
 
-  def read(self, start: int, stop: int, spec: DataSpec) -> np.ndarray:
-    """Packed rows `u32[stop - start, 41]` of rows [start, stop); raises `DataError` at a bad row, or zeros it."""
+  def read(self, start: int, stop: int, on_bad_row: str) -> Columns:
+    """Rows [start, stop); raises `DataError` at a bad row, or marks it."""
     with open(self.path, 'rb', buffering=0) as file:
       if os.fstat(file.fileno()).st_size < self.size:
         raise DataError(f'{self.path} has become shorter since its lines were counted; start again')
@@ -51,7 +51,7 @@ class CsvFile:
     # Arrow takes both of these as part of an id, a quote that does not close only at the end of what it is given.
     odd = b'\0' in data or (b'"' in data and data.count(b'"') % 2)
     columns = None if odd else _parse(data, stop - start)
-    return self._read_slowly(data, start, spec) if columns is None else encode(columns, spec)
+    return self._read_slowly(data, start, on_bad_row) if columns is None else to_columns(columns)
 
   def _offset(self, descriptor: int, row: int) -> int:
     """Where a row begins in the file."""
@@ -61,7 +61,7 @@ class CsvFile:
     data = np.frombuffer(_pread(descriptor, block * BLOCK, BLOCK), np.uint8)
     return block * BLOCK + int(np.flatnonzero(data == ord('\n'))[row - self.newlines[block] - 1]) + 1
 
-  def _read_slowly(self, data: bytes, start: int, spec: DataSpec) -> np.ndarray:
+  def _read_slowly(self, data: bytes, start: int, on_bad_row: str) -> Columns:
     """`read` for rows that Arrow refuses: finds the bad lines exactly and parses the others."""
     lines = data.removesuffix(b'\n').split(b'\n')
     good = np.ones(len(lines), bool)
@@ -70,21 +70,18 @@ class CsvFile:
       fault = bad_rows.fault(line, first=row == 0, cut=row == self.rows - 1 and not data.endswith(b'\n'))
       if fault:
         message = f'{self.path}, line {row + 1}, {fault}'
-        if spec.on_bad_row == 'error':
+        if on_bad_row == 'error':
           raise DataError(f"{message} (or set data.on_bad_row='skip' to leave such rows out)")
         if good.all():
           logging.getLogger(__name__).warning('skipped: %s', message)
         good[i] = False
-    rows = np.zeros((len(lines), WIDTH), np.uint32)
-    if good.any():
-      columns = _parse(b'\n'.join(line for line, ok in zip(lines, good, strict=True) if ok) + b'\n', int(good.sum()))
-      if columns is None:
-        raise DataError(
-          f'{self.path}, lines {start + 1} to {start + len(lines)}: there is a field here that the CSV reader refuses; '
-          'write numbers as plain digits'
-        )
-      rows[good] = encode(columns, spec)
-    return rows
+    columns = _parse(b''.join(line + b'\n' for line, ok in zip(lines, good, strict=True) if ok), int(good.sum()))
+    if columns is None:
+      raise DataError(
+        f'{self.path}, lines {start + 1} to {start + len(lines)}: there is a field here that the CSV reader refuses; '
+        'write numbers as plain digits'
+      )
+    return spread(to_columns(columns), good)
 
 
 def index_csv(path: str, on_bad_row: str) -> CsvFile:
@@ -149,6 +146,8 @@ def _size_without_blank_end(descriptor: int) -> int:
 
 def _parse(data: bytes, rows: int) -> list[pa.Array] | None:
   """The 40 columns, numbers as int64 or else as float64; None if a line is bad."""
+  if not rows:
+    return [pa.array([], pa.string() if name in CATEGORIES else pa.int64()) for name in COLUMNS]
   for number in (pa.int64(), pa.float64()):
     try:
       table = arrow_csv.read_csv(

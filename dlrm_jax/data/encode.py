@@ -1,10 +1,11 @@
-"""Arrow columns to packed rows to a `Batch`: the transform of the integers and the buckets of the categories.
+"""Arrow columns to numbers to packed rows to a `Batch`: the transform of the integers, the buckets of the categories.
 
-A packed row is `u32[41]`: bits of the label, of 13 floats, 26 buckets, bits of the weight. Rows in one piece make
-shuffling and interleaving one copy each.
+`Columns` are all that is parsed, whatever the model makes of it. A packed row is `u32[41]`: bits of the label, of 13
+floats, 26 buckets, bits of the weight. Rows in one piece make shuffling and interleaving one copy each.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,70 +22,124 @@ WIDTH = WEIGHT + 1
 _MISSING_HASH = fingerprint64(MISSING)
 
 
-def _log(x: np.ndarray) -> np.ndarray:
-  return np.copysign(np.log1p(np.abs(x)), x)
+class Columns(NamedTuple):
+  """Parsed rows, column by column."""
+
+  label: np.ndarray  # u8[N], 0 or 1
+  integers: Sequence[np.ndarray]  # 13 of f32[N], 0 where there is none
+  missing: np.ndarray  # u16[N], bit 0 for I1: 1 where there is none
+  hashes: Sequence[np.ndarray]  # 26 of u64[N], Fingerprint64 of the string
+  good: np.ndarray  # bool[N]; False marks a bad row, whose other values mean nothing
 
 
-def _minmax(x: np.ndarray) -> np.ndarray:
-  return (x - np.array(DENSE_MIN, np.float32)) / np.array(DENSE_RANGE, np.float32)
+def _log(x: np.ndarray, column: int) -> np.ndarray:
+  del column
+  y = np.abs(x)
+  np.log1p(y, out=y)
+  return np.copysign(y, x, out=y)
 
 
-def _none(x: np.ndarray) -> np.ndarray:
+def _minmax(x: np.ndarray, column: int) -> np.ndarray:
+  return (x - np.float32(DENSE_MIN[column])) / np.float32(DENSE_RANGE[column])
+
+
+def _none(x: np.ndarray, column: int) -> np.ndarray:
+  del column
   return x
 
 
-# Each transform of f32[N, 13] with the integers that it takes to 0: missing ones become those, and so 0 afterwards.
-TRANSFORMS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], tuple[int, ...]]] = {
+# Each transform of f32[N] and the number of its column (0 for I1), with the integers that it takes to 0: missing ones
+# become those, and so 0 afterwards.
+TRANSFORMS: dict[str, tuple[Callable[[np.ndarray, int], np.ndarray], tuple[int, ...]]] = {
   'log': (_log, (0,) * len(INTEGERS)),
   'minmax': (_minmax, DENSE_MIN),
   'none': (_none, (0,) * len(INTEGERS)),
 }
 
 
-def encode(columns: Sequence[pa.Array], spec: DataSpec) -> np.ndarray:
-  """Packed rows `u32[N, 41]` of weight 1 from label (no nulls), 13 numeric and 26 string arrays of length N."""
-  rows = np.empty((len(columns[0]), WIDTH), np.uint32)
+def to_columns(arrays: Sequence[pa.Array]) -> Columns:
+  """Good rows from label (no nulls), 13 numeric and 26 string arrays of length N."""
+  missing = np.zeros(len(arrays[0]), np.uint16)
+  for i, array in enumerate(arrays[DENSE]):
+    if array.null_count:
+      missing |= array.is_null().to_numpy(zero_copy_only=False).astype(np.uint16) << i
+  return Columns(
+    label=arrays[0].to_numpy(zero_copy_only=False).astype(np.uint8),
+    # First to double: if there is a fraction in the column, Arrow has done so already, and a row must not depend on
+    # the rows that it is read with.
+    integers=[
+      array.fill_null(0).to_numpy(zero_copy_only=False).astype(float).astype(np.float32) for array in arrays[DENSE]
+    ],
+    missing=missing,
+    # Nulls and empty strings are the id of a single space.
+    hashes=[fingerprint64_strings(array, empty=_MISSING_HASH) for array in arrays[BUCKET]],
+    good=np.ones(len(arrays[0]), bool),
+  )
+
+
+def spread(columns: Columns, good: np.ndarray) -> Columns:
+  """Columns of the good rows to columns of all rows `bool[N]`, with zeros in the bad ones."""
+
+  def spread_one(values: np.ndarray) -> np.ndarray:
+    out = np.zeros(len(good), values.dtype)
+    out[good] = values
+    return out
+
+  integers, hashes = (list(map(spread_one, part)) for part in (columns.integers, columns.hashes))
+  return Columns(spread_one(columns.label), integers, spread_one(columns.missing), hashes, good)
+
+
+def encode(columns: Columns, spec: DataSpec, out: np.ndarray | None = None) -> np.ndarray:
+  """Packed rows `u32[N, 41]`, in `out` if given: of weight 1, a missing integer 0; bad rows are all 0."""
+  rows = np.empty((len(columns.label), WIDTH), np.uint32) if out is None else out
   floats = rows.view(np.float32)
-  floats[:, 0] = columns[0].to_numpy(zero_copy_only=False)
+  floats[:, 0] = columns.label
   floats[:, WEIGHT] = 1
-  floats[:, DENSE] = transform(columns[DENSE], spec.dense_transform)
-  for i, (column, buckets) in enumerate(zip(columns[BUCKET], spec.buckets, strict=True), BUCKET.start):
-    rows[:, i] = bucket(column, buckets)
+  transform, zero = TRANSFORMS[spec.dense_transform]
+  for i, column in enumerate(columns.integers):
+    if zero[i]:
+      column = np.where(columns.missing & (1 << i), np.float32(zero[i]), column)
+    floats[:, DENSE.start + i] = transform(column, i)
+  quotient = np.empty(len(rows), np.uint64)
+  for i, (hashes, buckets) in enumerate(zip(columns.hashes, spec.buckets, strict=True), BUCKET.start):
+    # numpy divides by a constant with SIMD multiplications; its remainder does not, and takes twice as long as this.
+    np.floor_divide(hashes, np.uint64(buckets), out=quotient)
+    quotient *= np.uint64(buckets)
+    np.subtract(hashes, quotient, out=quotient)
+    rows[:, i] = quotient
+  if not columns.good.all():
+    rows[~columns.good] = 0
   return rows
-
-
-def transform(columns: Sequence[pa.Array], name: str) -> np.ndarray:
-  """Thirteen numeric arrays to `f32[N, 13]`; a null is 0 after the transform."""
-  function, zero = TRANSFORMS[name]
-  dense = np.empty((len(columns[0]), len(columns)), np.float32)
-  for i, column in enumerate(columns):
-    dense[:, i] = column.fill_null(zero[i]).to_numpy(zero_copy_only=False)
-  return function(dense)
-
-
-def bucket(strings: pa.Array, buckets: int) -> np.ndarray:
-  """Fingerprint64 mod `buckets`, `u64[N]`; nulls and empty strings are the id of a single space."""
-  hashes = fingerprint64_strings(strings, empty=_MISSING_HASH)
-  # numpy divides by a constant with SIMD multiplications; its remainder does not, and takes twice as long as this.
-  quotient = hashes // np.uint64(buckets)
-  quotient *= np.uint64(buckets)
-  hashes -= quotient
-  return hashes
 
 
 def to_batch(rows: np.ndarray, size: int) -> Batch:
   """Packed rows `u32[n, 41]`, n <= size, to a `Batch` of `size` examples in memory of its own, padded with weight 0."""
+  batch = new_batch(size)
+  fill(batch, 0, rows)
+  pad(batch, len(rows))
+  return batch
 
-  def padded(values: np.ndarray) -> np.ndarray:
-    out = np.empty((size, *values.shape[1:]), values.dtype)
-    out[: len(values)] = values
-    out[len(values) :] = 0
-    return out
 
-  floats = rows.view(np.float32)
+def new_batch(size: int) -> Batch:
+  """A batch whose values are undefined."""
   return Batch(
-    label=padded(floats[:, 0]),
-    dense=padded(floats[:, DENSE]),
-    bucket=padded(rows[:, BUCKET]),
-    weight=padded(floats[:, WEIGHT]),
+    label=np.empty(size, np.float32),
+    dense=np.empty((size, len(INTEGERS)), np.float32),
+    bucket=np.empty((size, len(CATEGORIES)), np.uint32),
+    weight=np.empty(size, np.float32),
   )
+
+
+def fill(batch: Batch, at: int, rows: np.ndarray) -> None:
+  """Copies packed rows `u32[n, 41]` into the examples [at, at + n) of a batch."""
+  floats, part = rows.view(np.float32), slice(at, at + len(rows))
+  batch.label[part] = floats[:, 0]
+  batch.dense[part] = floats[:, DENSE]
+  batch.bucket[part] = rows[:, BUCKET]
+  batch.weight[part] = floats[:, WEIGHT]
+
+
+def pad(batch: Batch, at: int) -> None:
+  """Zeros the examples from `at` on."""
+  for values in (batch.label, batch.dense, batch.bucket, batch.weight):
+    values[at:] = 0

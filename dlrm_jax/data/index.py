@@ -1,7 +1,10 @@
 """Names of files to one sequence of numbered rows."""
 
+import bisect
 import dataclasses
+import functools
 import glob
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -9,6 +12,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from dlrm_jax.data.csv import index_csv
+from dlrm_jax.data.encode import WIDTH, Columns, encode
 from dlrm_jax.data.parquet import index_parquet
 from dlrm_jax.data.schema import DataError, DataSpec
 
@@ -19,8 +23,8 @@ class File(Protocol):
 
   rows: int
 
-  def read(self, start: int, stop: int, spec: DataSpec) -> np.ndarray:
-    """Packed rows `u32[stop - start, 41]` (see `encode`) of rows [start, stop)."""
+  def read(self, start: int, stop: int, on_bad_row: str) -> Columns:
+    """Rows [start, stop)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,20 +33,30 @@ class FileIndex:
 
   files: Sequence[File]
 
+  @functools.cached_property
+  def _first(self) -> list[int]:
+    """First row of each file, and the end of the last one."""
+    return [0, *itertools.accumulate(file.rows for file in self.files)]
+
   @property
   def rows(self) -> int:
     """Rows of all files."""
-    return sum(file.rows for file in self.files)
+    return self._first[-1]
 
-  def read(self, start: int, stop: int, spec: DataSpec) -> np.ndarray:
-    """Packed rows `u32[stop - start, 41]` (see `encode`) of rows [start, stop); raises `DataError` at a bad row."""
-    parts, first = [], 0
-    for file in self.files:
-      begin, end = max(start - first, 0), min(stop - first, file.rows)
-      if begin < end:
-        parts.append(file.read(begin, end, spec))
-      first += file.rows
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+  def read(self, start: int, stop: int, spec: DataSpec, out: np.ndarray | None = None) -> np.ndarray:
+    """Packed rows `u32[stop - start, 41]` (see `encode`) of rows [start, stop), in `out` if given.
+
+    Raises:
+      DataError: there is a bad row, and the spec does not skip them.
+    """
+    rows = np.empty((stop - start, WIDTH), np.uint32) if out is None else out
+    number, at = bisect.bisect_right(self._first, start) - 1, start
+    while at < stop:
+      end = min(stop, self._first[number + 1])
+      columns = self.files[number].read(at - self._first[number], end - self._first[number], spec.on_bad_row)
+      encode(columns, spec, rows[at - start : end - start])
+      number, at = number + 1, end
+    return rows
 
 
 def index_files(pattern: str, location: str, on_bad_row: str = 'error') -> FileIndex:
@@ -56,10 +70,17 @@ def index_files(pattern: str, location: str, on_bad_row: str = 'error') -> FileI
   Raises:
     DataError: folder or file missing, a file empty or not in the Criteo format.
   """
-  paths = sorted({path for part in pattern.split(',') for path in _find(part.strip(), location)})
-  return FileIndex(
-    [index_parquet(path) if path.endswith('.parquet') else index_csv(path, on_bad_row) for path in paths]
-  )
+  return FileIndex([index_file(path, on_bad_row) for path in find_files(pattern, location)])
+
+
+def find_files(pattern: str, location: str) -> list[str]:
+  """Paths in the order of their names; see `index_files`."""
+  return sorted({path for part in pattern.split(',') for path in _find(part.strip(), location)})
+
+
+def index_file(path: str, on_bad_row: str) -> File:
+  """One file; see `index_files`."""
+  return index_parquet(path) if path.endswith('.parquet') else index_csv(path, on_bad_row)
 
 
 def _find(pattern: str, location: str) -> list[str]:

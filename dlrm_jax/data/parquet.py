@@ -1,4 +1,4 @@
-"""One Parquet file: packed rows of any range, read forward in bounded memory.
+"""One Parquet file: the columns of any range of rows, read forward in bounded memory.
 
 Reading starts only at row groups, so a reader is parked at the row where it stopped: the windows of a stream follow one
 another, and each goes on where the one before it ended. Files with row groups of about 100,000 rows start fastest.
@@ -13,8 +13,8 @@ import pyarrow as pa
 from pyarrow import compute
 from pyarrow import parquet as arrow_parquet
 
-from dlrm_jax.data.encode import BUCKET, DENSE, encode
-from dlrm_jax.data.schema import CATEGORIES, COLUMNS, INTEGERS, LABEL, DataError, DataSpec
+from dlrm_jax.data.encode import BUCKET, DENSE, Columns, to_columns
+from dlrm_jax.data.schema import CATEGORIES, COLUMNS, INTEGERS, LABEL, DataError
 
 # Rows that are decoded at once, and bytes that are read at once of each column.
 DECODE_ROWS = 8192
@@ -39,8 +39,8 @@ class ParquetFile:
     self._parked: list[_Reader] = []
     self._lock = threading.Lock()
 
-  def read(self, start: int, stop: int, spec: DataSpec) -> np.ndarray:
-    """Packed rows `u32[stop - start, 41]` of rows [start, stop); raises `DataError` at a bad row, or zeros it."""
+  def read(self, start: int, stop: int, on_bad_row: str) -> Columns:
+    """Rows [start, stop); raises `DataError` at a bad row, or marks it."""
     reader = self._take_reader(start)
     columns = reader.read(start, stop)
     self._park(reader)
@@ -48,19 +48,19 @@ class ParquetFile:
     faults = _faults(numbers)
     bad = np.flatnonzero(faults.any(axis=0))
     if len(bad):
-      self._report(int(np.argmax(faults[:, bad[0]])), int(bad[0]), start, columns, spec)
-    with np.errstate(over='ignore'):  # of bad rows, which are zeroed
-      rows = encode([_filled(numbers[0]), *numbers[DENSE], *map(_string, columns[BUCKET])], spec)
-    rows[bad] = 0
-    return rows
+      self._report(int(np.argmax(faults[:, bad[0]])), int(bad[0]), start, columns, on_bad_row)
+    with np.errstate(over='ignore', invalid='ignore'):  # of bad rows
+      parsed = to_columns([_filled(numbers[0]), *numbers[DENSE], *map(_string, columns[BUCKET])])
+    parsed.good[bad] = False
+    return parsed
 
-  def _report(self, field: int, at: int, start: int, columns: list[pa.Array], spec: DataSpec) -> None:
+  def _report(self, field: int, at: int, start: int, columns: list[pa.Array], on_bad_row: str) -> None:
     """Raises or logs what is wrong with the row at `at` of the columns."""
     message = (
       f'{self.path}, row {start + at + 1}, field {COLUMNS[field]}: found {columns[field][at].as_py()!r}, '
       f'{"which does not fit 64 bits" if field else "expected 0 or 1"}; correct or remove the row'
     )
-    if spec.on_bad_row == 'error':
+    if on_bad_row == 'error':
       raise DataError(f"{message} (or set data.on_bad_row='skip' to leave such rows out)")
     logging.getLogger(__name__).warning('skipped: %s', message)
 

@@ -10,13 +10,15 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from dlrm_jax.data.encode import WEIGHT, WIDTH, to_batch
+from dlrm_jax.data.encode import WEIGHT, WIDTH, fill, new_batch, pad, to_batch
 from dlrm_jax.data.index import FileIndex
 from dlrm_jax.data.layout import READ_ROWS, Layout, Window
 from dlrm_jax.data.schema import DataError, DataSpec
 from dlrm_jax.structs import Batch
 
 State = dict[str, int]
+
+_NOTHING = np.empty((0, WIDTH), np.uint32)
 
 
 def batches_per_epoch(rows: int, batch_size: int) -> int:
@@ -65,11 +67,32 @@ class _Rows(NamedTuple):
   rows: np.ndarray
 
 
+class _Memory:
+  """Arrays of packed rows to use again: the first touch of new memory costs more than all that is done in it."""
+
+  def __init__(self) -> None:
+    self._free: list[np.ndarray] = []
+
+  def take(self, rows: int) -> np.ndarray:
+    """`u32[rows, 41]`, undefined; in any thread."""
+    try:
+      array = self._free.pop()
+    except IndexError:
+      array = np.empty((0, WIDTH), np.uint32)
+    return array[:rows] if rows <= len(array) else np.empty((rows, WIDTH), np.uint32)
+
+  def give(self, rows: np.ndarray) -> None:
+    """Takes back what `take` gave, or a slice of it, once: nobody reads it any more."""
+    self._free.append(rows if rows.base is None else rows.base)
+
+
 class _WindowSource(grain.sources.RandomAccessDataSource):
   """Element k is the k-th window that this process needs from row `row` of its streams in `epoch` on, without end."""
 
-  def __init__(self, index: FileIndex, spec: DataSpec, layout: Layout, seed: int, epoch: int, row: int) -> None:
-    self._index, self._spec, self._layout = index, spec, layout
+  def __init__(
+    self, index: FileIndex, spec: DataSpec, layout: Layout, memory: _Memory, seed: int, epoch: int, row: int
+  ) -> None:
+    self._index, self._spec, self._layout, self._memory = index, spec, layout, memory
     self._seed, self._epoch = seed, epoch
     self._first, self._every = layout.schedule(row), layout.schedule()
 
@@ -83,10 +106,14 @@ class _WindowSource(grain.sources.RandomAccessDataSource):
     else:
       epochs, number = divmod(k - len(self._first), len(self._every))
       epoch, window = epoch + 1 + epochs, self._every[number]
-    start = self._layout.stream_start(window.stream)
-    rows = self._index.read(start + window.start, start + window.stop, self._spec)
+    first, count = self._layout.stream_start(window.stream) + window.start, window.stop - window.start
+    rows = self._index.read(first, first + count, self._spec, self._memory.take(count))
     if self._spec.shuffle_rows:
-      rows = rows.take(permutation(self._seed, epoch, window), axis=0)
+      # The numbers are all in range; mode='clip' spares numpy the copy that it makes in order to check them first.
+      order, shuffled = permutation(self._seed, epoch, window), self._memory.take(count)
+      rows.take(order, axis=0, out=shuffled, mode='clip')
+      self._memory.give(rows)
+      rows = shuffled
     return _Rows(window, rows)
 
 
@@ -115,6 +142,9 @@ class TrainIterator(grain.DatasetIterator):
     super().__init__()
     self._index, self._spec, self._layout, self._seed = index, spec, layout, seed
     self._batch_size, self._local_size = batch_size, layout.local_size(batch_size)
+    self._memory = _Memory()
+    self._block = _NOTHING
+    self._windows: dict[int, _Rows] = {}
     self.skipped_rows = 0
     self.set_state({'epoch': 0, 'position': 0})
 
@@ -139,8 +169,9 @@ class TrainIterator(grain.DatasetIterator):
   def _start_epoch(self) -> None:
     self._row = 0  # the next row of each stream that will be put into a block
     self._drop = 0  # rows of the next block that were consumed before
-    self._block = np.empty((0, WIDTH), np.uint32)
-    self._windows: dict[int, _Rows] = {}
+    self._give_block()
+    for stream in list(self._windows):
+      self._give_window(stream)
 
   def _close_reader(self) -> None:
     for parent in self._parents:
@@ -150,44 +181,57 @@ class TrainIterator(grain.DatasetIterator):
   def __next__(self) -> tuple[Batch, State]:
     self._assert_not_closed()
     if not self._parents:
-      source = _WindowSource(self._index, self._spec, self._layout, self._seed, self._epoch, self._row)
+      source = _WindowSource(self._index, self._spec, self._layout, self._memory, self._seed, self._epoch, self._row)
       self._parents = (_read_ahead(source, self._spec),)
     stop = min(self._position + self._batch_size, self._layout.rows)
-    rows = self._take(self._layout.local_count(stop) - self._layout.local_count(self._position))
-    self.skipped_rows += int(np.count_nonzero(rows[:, WEIGHT] == 0))
+    batch = self._take(self._layout.local_count(stop) - self._layout.local_count(self._position))
     self._position = stop
     if stop == self._layout.rows:
       self._epoch, self._position = self._epoch + 1, 0
       self._start_epoch()
-    return to_batch(rows, self._local_size), self.get_state()
+    return batch, self.get_state()
 
-  def _take(self, count: int) -> np.ndarray:
-    """The next `count` packed rows of this process."""
-    parts = []
-    while count > 0 or not parts:
-      if count > 0 and not len(self._block):
+  def _take(self, count: int) -> Batch:
+    """The next `count` rows of this process as a padded batch."""
+    batch, done = new_batch(self._local_size), 0
+    while done < count:
+      if not len(self._block):
+        self._give_block()
         self._block = self._next_block()
-      parts.append(self._block[:count])
-      self._block = self._block[count:]
-      count -= len(parts[-1])
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+      rows, self._block = self._block[: count - done], self._block[count - done :]
+      fill(batch, done, rows)
+      done += len(rows)
+    pad(batch, count)
+    self.skipped_rows += int(count - np.count_nonzero(batch.weight))
+    return batch
 
   def _next_block(self) -> np.ndarray:
     """Rows from `_row` to where the first of this process's streams needs another window, interleaved."""
     streams = [stream for stream in self._layout.local if self._row < self._layout.stream_rows(stream)]
     for stream in streams:
       if stream not in self._windows or self._windows[stream].window.stop <= self._row:
+        self._give_window(stream)
         self._windows[stream] = next(self._parent)
     held = [self._windows[stream] for stream in streams]
     # The cap keeps a block to the size of a window where the streams are so short that all have only one.
     cap = self._row + max((self._spec.shuffle_rows or READ_ROWS) // self._layout.streams, 1)
     stop = min(cap, *(window.stop for window, _ in held))
-    block = np.empty((stop - self._row, len(streams), WIDTH), np.uint32)
+    shape = (stop - self._row, len(streams), WIDTH)
+    block = self._memory.take(shape[0] * shape[1]).reshape(shape)
     for i, (window, rows) in enumerate(held):
       block[:, i] = rows[self._row - window.start : stop - window.start]
     self._row = stop
     drop, self._drop = self._drop, 0
     return block.reshape(-1, WIDTH)[drop:]
+
+  def _give_block(self) -> None:
+    block, self._block = self._block, _NOTHING
+    if block is not _NOTHING:
+      self._memory.give(block)
+
+  def _give_window(self, stream: int) -> None:
+    if stream in self._windows:
+      self._memory.give(self._windows.pop(stream).rows)
 
 
 class _EvalSource(grain.sources.RandomAccessDataSource):

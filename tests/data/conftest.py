@@ -24,6 +24,10 @@ class Criteo:
 
   buckets = BUCKETS
 
+  def fingerprint(self, string):
+    """The whole hash of a category."""
+    return fingerprint64(string.encode() or b' ')
+
   def rows(self, count, first=0, seed=0):
     """Random rows; I1 is the number of the row, so that it can be told from all others."""
     rng = random.Random(seed)

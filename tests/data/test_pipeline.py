@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pyarrow import csv as arrow_csv
 
 from dlrm_jax.data import pipeline
+from dlrm_jax.data.encode import Columns
 from dlrm_jax.data.index import FileIndex, index_files
 from dlrm_jax.data.layout import Layout
 from dlrm_jax.data.pipeline import batches_per_epoch, eval_batches, permutation, train_batches
@@ -20,19 +21,19 @@ from dlrm_jax.data.schema import COLUMNS, DataError
 
 
 class Numbers:
-  """Stands for a file: packed rows whose label is the number of the row, without the time that parsing takes."""
+  """Stands for a file: rows whose label is the number of the row, without the time that parsing takes."""
 
   def __init__(self, rows, bad=()):
     self.rows = rows
     self.bad = list(bad)
     self.reads = []
 
-  def read(self, start, stop, spec):
+  def read(self, start, stop, on_bad_row):
     self.reads.append((start, stop))
-    rows = np.zeros((stop - start, 41), np.uint32)
-    rows.view(np.float32)[:, 0] = np.arange(start, stop)
-    rows.view(np.float32)[:, 40] = ~np.isin(np.arange(start, stop), self.bad)
-    return rows
+    number = np.arange(start, stop)
+    zeros = np.zeros(stop - start)
+    integers, missing, hashes = [zeros.astype(np.float32)] * 13, zeros.astype(np.uint16), [zeros.astype(np.uint64)] * 26
+    return Columns(number, integers, missing, hashes, ~np.isin(number, self.bad))
 
 
 def counted(rows, bad=()):
