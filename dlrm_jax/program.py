@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 import optax
-from jax import Array
 
 from dlrm_jax.embeddings.layout import TableLayout, static_layout
 from dlrm_jax.embeddings.update import UPDATES
 from dlrm_jax.model.dlrm import DLRM
+from dlrm_jax.model.layers import native_layer, xla_layer
+from dlrm_jax.native import build
+from dlrm_jax.native.rows import NATIVE, XLA, RowKernels
 from dlrm_jax.optim import OPTIMIZERS, dense_transform
 from dlrm_jax.optim.schedules import LearningRate, schedule
 from dlrm_jax.spec import OptimizerSpec, Spec
@@ -26,7 +28,9 @@ class Program:
   layout: dict[str, TableLayout]
   dense_tx: optax.GradientTransformation
   table_tx: optax.GradientTransformation
-  update_table: Callable[[Table, Array, Array], Table]  # (table, row i32[N], gradient f32[N, D]) -> table
+  update_table: Callable[..., Table]  # (table, row i32[N], gradient f32[N, D], step=i32[]) -> table
+  rows: RowKernels
+  native: build.Native
 
 
 def make_program(spec: Spec) -> Program:
@@ -36,13 +40,17 @@ def make_program(spec: Spec) -> Program:
   table_tx = make(rate, **OPTIONS[options.name](options))
   # DeepRec has the RMSProp mode for table rows alone.
   dense_tx = make(rate, **OPTIONS[options.name](dataclasses.replace(options, rmsprop=False)))
+  native = build.choose(spec.native)
+  kernels = NATIVE if native.ready else XLA
   return Program(
     spec=spec,
-    model=DLRM(spec.model),
+    model=DLRM(spec.model, native_layer if native.ready else xla_layer),
     layout=static_layout(spec.embedding),
     dense_tx=dense_transform(dense_tx, rate, options.weight_decay),
     table_tx=table_tx,
-    update_table=functools.partial(UPDATES[options.table_update], table_tx, l2=spec.embedding.l2),
+    update_table=functools.partial(UPDATES[options.table_update], table_tx, l2=spec.embedding.l2, kernels=kernels),
+    rows=kernels,
+    native=native,
   )
 
 

@@ -11,7 +11,7 @@ from dlrm_jax.structs import TrainState
 
 def init_state(program: Program) -> TrainState:
   """Weights, statistics, optimizer memory and tables before the first step: a function of the spec's seed."""
-  dim, seed = program.spec.embedding.dim, program.spec.seed
+  dim, dtype, seed = program.spec.embedding.dim, program.spec.embedding.dtype, program.spec.seed
   # Column numbers are folded into the tables' keys, so the network takes a number that no column has.
   key = jax.random.fold_in(jax.random.key(seed), len(CATEGORIES))
   dense, vectors = jnp.zeros((1, len(INTEGERS))), jnp.zeros((1, len(CATEGORIES), dim))
@@ -21,5 +21,5 @@ def init_state(program: Program) -> TrainState:
     params=variables['params'],
     batch_stats=variables.get('batch_stats', {}),
     opt_state=program.dense_tx.init(variables['params']),
-    tables={name: init_table(table, dim, program.table_tx, seed) for name, table in program.layout.items()},
+    tables={name: init_table(table, dim, program.table_tx, seed, dtype) for name, table in program.layout.items()},
   )

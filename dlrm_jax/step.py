@@ -24,15 +24,16 @@ NO_FUSION = {'xla_cpu_experimental_ynn_fusion_type': '', 'xla_disable_hlo_passes
 def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
   """The state after one update, and the batch's mean loss and number of examples."""
   rows = tables.resolve(program.layout, batch.bucket, batch.weight)
-  vectors = tables.lookup(program.layout, state.tables, rows)
+  vectors = tables.lookup(program.layout, state.tables, rows, program.rows)
   loss, (params_gradient, vectors_gradient), batch_stats = gradients(program, state, vectors, batch)
+  update_table = functools.partial(program.update_table, step=state.step)
   updates, opt_state = program.dense_tx.update(params_gradient, state.opt_state, state.params)
   new_state = TrainState(
     step=state.step + 1,
     params=optax.apply_updates(state.params, updates),
     batch_stats=batch_stats,
     opt_state=opt_state,
-    tables=tables.update(program.layout, program.update_table, state.tables, rows, vectors_gradient),
+    tables=tables.update(program.layout, update_table, state.tables, rows, vectors_gradient),
   )
   return new_state, {'loss': loss, 'examples': batch.weight.sum()}
 
@@ -97,7 +98,7 @@ def _over_slices(
 def logits(program: Program, state: TrainState, batch: Batch) -> Float[Array, 'B']:
   """Logits with the running batch statistics; the state is read only."""
   rows = tables.resolve(program.layout, batch.bucket, batch.weight)
-  vectors = tables.lookup(program.layout, state.tables, rows)
+  vectors = tables.lookup(program.layout, state.tables, rows, program.rows)
   variables = {'params': state.params, 'batch_stats': state.batch_stats}
   return program.model.apply(variables, batch.dense, vectors, batch.weight, False)
 

@@ -74,6 +74,7 @@ def run(spec: Spec) -> None:
   """Trains, evaluates and saves as `spec` says, then prints the result as one line of JSON."""
   data = sources.open_sources(spec)  # first, since bad data is the most common mistake
   program = make_program(spec)
+  logging.info('%s', program.native.note)
   folder = run_folder(spec)
   with Checkpoints(folder / 'checkpoints', spec.keep_checkpoint_max) as checkpoints:
     state, step, position = restore_or_init(program, data, checkpoints)

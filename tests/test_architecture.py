@@ -7,6 +7,7 @@ import sys
 # Each may import only from those before it (and from its own group).
 ORDER = [
   ['structs', 'spec'],
+  ['native'],
   ['optim', 'model', 'metrics'],
   ['embeddings'],
   ['data'],

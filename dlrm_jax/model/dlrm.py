@@ -10,6 +10,7 @@ from jax import Array
 from jaxtyping import Float
 
 from dlrm_jax.model.interaction import INTERACTIONS
+from dlrm_jax.model.layers import Layer, xla_layer
 from dlrm_jax.model.mlp import MLP
 from dlrm_jax.spec import ModelSpec
 
@@ -18,11 +19,12 @@ class DLRM(nn.Module):
   """In two halves, since only the first couples the examples of a batch (by its batch statistics)."""
 
   spec: ModelSpec
+  layer: Layer = xla_layer
 
   def setup(self) -> None:
     dtype = jnp.dtype(self.spec.dtype)
-    self.bottom_mlp = MLP(self.spec.bottom_mlp, self.spec.batch_norm, dtype)
-    self.top_mlp = MLP(self.spec.top_mlp, dtype=dtype)
+    self.bottom_mlp = MLP(self.spec.bottom_mlp, self.spec.batch_norm, dtype, self.layer)
+    self.top_mlp = MLP(self.spec.top_mlp, dtype=dtype, layer=self.layer)
     self.logit_kernel = self.param('logit_kernel', nn.initializers.glorot_uniform(), (self.spec.top_mlp[-1], 1))
     self.logit_bias = self.param('logit_bias', nn.initializers.zeros, ())
 

@@ -5,8 +5,6 @@ statistics reduce over the contiguous axis. Folded: with h' = h * scale + shift,
 + b), so a normalised activation is never written to memory. Both are the same numbers up to rounding.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -14,38 +12,10 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from dlrm_jax.model.layers import Layer, Moments, xla_layer
+
 BATCH_NORM_MOMENTUM = 0.99
 BATCH_NORM_EPSILON = 1e-3
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(kernel: Float[Array, 'K N'], h: Float[Array, 'K B'], dtype: DTypeLike) -> Float[Array, 'N B']:
-  """kernel^T h with operands rounded to `dtype`, in the forward and the backward pass, and sums in float32."""
-  return _matmul_forward(kernel, h, dtype)[0]
-
-
-def _matmul_forward(kernel: Array, h: Array, dtype: DTypeLike) -> tuple[Array, tuple[Array, Array]]:
-  kernel, h = kernel.astype(dtype), h.astype(dtype)
-  if kernel.dtype == jnp.float32:
-    return _contract(kernel.T, 1, h, 0), (kernel, h)
-  # XLA:CPU folds a transpose into the product, and its bfloat16 units have no such form: 3x slower. It folds none that
-  # gets another row, so the product has one row too many.
-  extra = jnp.zeros((1, kernel.shape[0]), kernel.dtype)
-  return _contract(jnp.concatenate([kernel.T, extra]), 1, h, 0)[:-1], (kernel, h)
-
-
-def _matmul_backward(dtype: DTypeLike, operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-  kernel, h = operands
-  gradient = gradient.astype(dtype)
-  return _contract(h, 1, gradient, 1), _contract(kernel, 1, gradient, 0)
-
-
-matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
-def _contract(a: Array, axis_a: int, b: Array, axis_b: int) -> Array:
-  # float32 accumulation is also what makes XLA:CPU choose the processor's bfloat16 units.
-  return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 class MLP(nn.Module):
@@ -54,6 +24,7 @@ class MLP(nn.Module):
   sizes: tuple[int, ...]
   batch_norm: bool = False
   dtype: DTypeLike = jnp.float32
+  layer: Layer = xla_layer
 
   @nn.compact
   def __call__(self, h: Float[Array, 'K B'], weight: Float[Array, 'B'], train: bool) -> Float[Array, 'N B']:
@@ -64,19 +35,19 @@ class MLP(nn.Module):
       bias = self.param(f'bias_{layer}', nn.initializers.zeros, (size,))
       if scale is not None:
         kernel, bias = scale[:, None] * kernel, bias + shift @ kernel
-      h = nn.relu(matmul(kernel, h, self.dtype) + bias[:, None])
+      h, moments = self.layer(kernel, bias, h, weight, self.dtype, self.batch_norm)
       if self.batch_norm:
-        scale, shift = self._batch_norm(layer, h, weight, train)
+        scale, shift = self._batch_norm(layer, moments, weight, train)
     return h if scale is None else h * scale[:, None] + shift[:, None]
 
-  def _batch_norm(self, layer: int, h: Array, weight: Array, train: bool) -> tuple[Array, Array]:
-    """The scale and shift [features] that normalise `h`: by the batch in training, by the running statistics else."""
-    size = h.shape[0]
+  def _batch_norm(self, layer: int, moments: Moments, weight: Array, train: bool) -> tuple[Array, Array]:
+    """The scale and shift [features] that normalise: by the batch in training, by the running statistics else."""
+    size = moments[0].shape[0]
     gamma = self.param(f'gamma_{layer}', nn.initializers.ones, (size,))
     beta = self.param(f'beta_{layer}', nn.initializers.zeros, (size,))
     running = self.variable('batch_stats', f'running_{layer}', _no_statistics, size)
     if train:
-      mean, variance = batch_statistics(h, weight)
+      mean, variance = batch_statistics(moments, weight)
       if not self.is_initializing():
         running.value = update_running(running.value, mean, variance, weight)
     else:
@@ -85,12 +56,10 @@ class MLP(nn.Module):
     return scale, beta - mean * scale
 
 
-def batch_statistics(h: Float[Array, 'N B'], weight: Float[Array, 'B']) -> tuple[Float[Array, 'N'], Float[Array, 'N']]:
+def batch_statistics(moments: Moments, weight: Float[Array, 'B']) -> tuple[Float[Array, 'N'], Float[Array, 'N']]:
   """Mean and (biased) variance of each feature over the examples, weighted."""
-  total = jnp.maximum(weight.sum(), 1)
-  mean = (h * weight[None]).sum(axis=1) / total
-  variance = (jnp.square(h) * weight[None]).sum(axis=1) / total - jnp.square(mean)
-  return mean, jnp.maximum(variance, 0)
+  mean, square = (moment / jnp.maximum(weight.sum(), 1) for moment in moments)
+  return mean, jnp.maximum(square - jnp.square(mean), 0)
 
 
 Running = dict[str, Array]

@@ -9,55 +9,77 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, UInt16
+
+from dlrm_jax.native.rows import XLA, RowKernels
+from dlrm_jax.optim import bits
 
 # Rows updated at once: few enough that a chunk's gradients and slots stay in the second-level cache, many enough that
 # the loop costs nothing. Anything from 1024 to 8192 is about as fast.
 CHUNK = 2048
 
+Stored = Float[Array, 'rows D'] | UInt16[Array, 'rows D']  # of a table: float32, or bfloat16 as its bits
 
-def init_slots(tx: optax.GradientTransformation, value: Float[Array, 'rows D']) -> Any:
-  """The first slots of a table; ValueError if the transformation keeps anything that is neither per row nor shared."""
-  slots = tx.init(value)
+
+def init_slots(tx: optax.GradientTransformation, value: Stored) -> Any:
+  """The first slots of a table; ValueError if the transformation keeps anything that is neither per row nor shared.
+
+  Where the value is stored as bits, so are the slots of float32.
+  """
+  slots = tx.init(bits.widen(value))
   for path, leaf in jax.tree_util.tree_leaves_with_path(slots):
     if leaf.ndim and leaf.shape[0] != value.shape[0]:
       raise ValueError(
         f'slot {jax.tree_util.keystr(path)} has shape {leaf.shape}; on a table of {value.shape[0]} rows it must be '
         f'[{value.shape[0]}, ...] or []: use a transformation that works element by element'
       )
-  return slots
+  if value.dtype != jnp.uint16:
+    return slots
+  return jax.tree.map(lambda leaf: bits.to_nearest(leaf) if leaf.ndim and leaf.dtype == jnp.float32 else leaf, slots)
 
 
 def update_distinct(
   tx: optax.GradientTransformation,
-  value: Float[Array, 'rows D'],
+  value: Stored,
   slots: Any,
   row: Int32[Array, 'K'],
   grad: Float[Array, 'K D'],
   count: Int32[Array, ''],
   l2: float | Float[Array, ''] = 0.0,
-) -> tuple[Float[Array, 'rows D'], Any]:
+  kernels: RowKernels = XLA,
+  step: int | Int32[Array, ''] = 0,
+) -> tuple[Stored, Any]:
   """New value and slots after `tx` saw the first `count` lanes; shared slots advance once, even if `count` is 0.
 
   Rows must be distinct in those lanes and past the end ("no row", nothing is written) in the others. K must be at
   most `CHUNK` or a multiple of it. Time goes with `count`: neither the rows of the table nor the other lanes cost
-  anything. `l2` times the row is added to the gradient.
+  anything. `l2` times the row is added to the gradient. `step`, the number of the step, is what rounding at random
+  starts from, where the table is stored as bits.
   """
   size = min(CHUNK, row.shape[0])
+  tables, shared = _split((value, slots))
 
-  def update_chunk(i: Array, table: tuple[Array, Any]) -> tuple[Array, Any]:
+  def update_chunk(i: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+    tables, _ = carry
     lane_row = jax.lax.dynamic_slice_in_dim(row, i * size, size)
     lane_grad = jax.lax.dynamic_slice_in_dim(grad, i * size, size)
-    # 'clip' is the cheapest read that is defined for "no row"; what such a lane computes is dropped by the writes.
-    old_value, old_slots = jax.tree.map(lambda leaf: leaf.at[lane_row].get(mode='clip') if leaf.ndim else leaf, table)
     # Every chunk starts from the shared slots of the last step, so however many chunks there are, they advance once.
-    old_slots = jax.tree.map(lambda leaf, first: leaf if first.ndim else first, old_slots, slots)
+    old_value, old_slots = _join(bits.widen(kernels.read(tables, lane_row)), shared)
     updates, new_slots = tx.update(lane_grad + l2 * old_value, old_slots, old_value)
-    return jax.tree.map(
-      lambda leaf, new: leaf.at[lane_row].set(new, mode='drop') if leaf.ndim else new,
-      table,
-      (optax.apply_updates(old_value, updates), new_slots),
-    )
+    new, new_shared = _split((optax.apply_updates(old_value, updates), new_slots))
+    new = bits.narrow(new, tables, lane_row, jnp.asarray(step, jnp.int32))
+    return kernels.write(tables, lane_row, new), new_shared
 
   chunks = jnp.maximum(1, (count + size - 1) // size)  # at least one, for the shared slots
-  return jax.lax.fori_loop(0, chunks, update_chunk, (value, slots))
+  return _join(*jax.lax.fori_loop(0, chunks, update_chunk, (tables, shared)))
+
+
+def _split(tree: Any) -> tuple[Any, Any]:
+  """Two trees like `tree`: of the leaves that are per row, and of those that are shared; None stands for the others."""
+  per_row = jax.tree.map(lambda leaf: leaf if leaf.ndim else None, tree)
+  return per_row, jax.tree.map(lambda leaf: None if leaf.ndim else leaf, tree)
+
+
+def _join(per_row: Any, shared: Any) -> Any:
+  """What `_split` split."""
+  return jax.tree.map(lambda a, b: b if a is None else a, per_row, shared, is_leaf=lambda leaf: leaf is None)

@@ -1,0 +1,110 @@
+"""One layer of an MLP, relu(kernel^T h + bias), in XLA and in C++ (native/dense.cc). Activations are [features, B].
+
+With the layer come its moments, the sums of weight * y and weight * y^2 over the examples: all that batch norm needs.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+Moments = tuple[Float[Array, 'N'], Float[Array, 'N']]
+PANEL = 64  # the examples of a call of the kernel are a multiple of this
+
+
+# Either form: (kernel, bias, h, weight, dtype, moments) -> (activations [N, B], their moments). The operands of the
+# products are rounded to `dtype`, sums are float32. Without `moments`, what comes in their place means nothing.
+Layer = Callable[[Array, Array, Array, Array, DTypeLike, bool], tuple[Array, Moments]]
+
+
+def xla_layer(
+  kernel: Float[Array, 'K N'],
+  bias: Float[Array, 'N'],
+  h: Float[Array, 'K B'],
+  weight: Float[Array, 'B'],
+  dtype: DTypeLike,
+  moments: bool,
+) -> tuple[Float[Array, 'N B'], Moments]:
+  """See `Layer`. The activations are float32."""
+  del moments  # XLA leaves out what nobody reads
+  y = jax.nn.relu(matmul(kernel, h, dtype) + bias[:, None])
+  return y, ((y * weight[None]).sum(axis=1), (jnp.square(y) * weight[None]).sum(axis=1))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(kernel: Float[Array, 'K N'], h: Float[Array, 'K B'], dtype: DTypeLike) -> Float[Array, 'N B']:
+  """kernel^T h with operands rounded to `dtype`, in the forward and the backward pass, and sums in float32."""
+  return _matmul_forward(kernel, h, dtype)[0]
+
+
+def _matmul_forward(kernel: Array, h: Array, dtype: DTypeLike) -> tuple[Array, tuple[Array, Array]]:
+  kernel, h = kernel.astype(dtype), h.astype(dtype)
+  if kernel.dtype == jnp.float32:
+    return _contract(kernel.T, 1, h, 0), (kernel, h)
+  # XLA:CPU folds a transpose into the product, and its bfloat16 units have no such form: 3x slower. It folds none that
+  # gets another row, so the product has one row too many.
+  extra = jnp.zeros((1, kernel.shape[0]), kernel.dtype)
+  return _contract(jnp.concatenate([kernel.T, extra]), 1, h, 0)[:-1], (kernel, h)
+
+
+def _matmul_backward(dtype: DTypeLike, operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+  kernel, h = operands
+  gradient = gradient.astype(dtype)
+  return _contract(h, 1, gradient, 1), _contract(kernel, 1, gradient, 0)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _contract(a: Array, axis_a: int, b: Array, axis_b: int) -> Array:
+  # float32 accumulation is also what makes XLA:CPU choose the processor's bfloat16 units.
+  return jax.lax.dot_general(a, b, (((axis_a,), (axis_b,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def native_layer(
+  kernel: Float[Array, 'K N'],
+  bias: Float[Array, 'N'],
+  h: Float[Array, 'K B'],
+  weight: Float[Array, 'B'],
+  dtype: DTypeLike,
+  moments: bool,
+) -> tuple[Float[Array, 'N B'], Moments]:
+  """See `Layer`. The activations have `dtype`. Needs `native.load()`."""
+  examples = h.shape[1]
+  more = -examples % PANEL
+  h, weight = jnp.pad(h.astype(dtype), ((0, 0), (0, more))), jnp.pad(weight, (0, more))
+  y, total, square = _native(kernel, bias, h, weight, moments)
+  return y[:, :examples], (total, square)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _native(kernel: Array, bias: Array, h: Array, weight: Array, moments: bool) -> tuple[Array, Array, Array]:
+  return _native_forward(kernel, bias, h, weight, moments)[0]
+
+
+def _native_forward(
+  kernel: Array, bias: Array, h: Array, weight: Array, moments: bool
+) -> tuple[tuple[Array, Array, Array], tuple[Array, ...]]:
+  size = kernel.shape[1]
+  moment = jax.ShapeDtypeStruct((size,), jnp.float32)
+  call = jax.ffi.ffi_call(
+    f'dlrm_dense_forward_{h.dtype}', (jax.ShapeDtypeStruct((size, h.shape[1]), h.dtype), moment, moment)
+  )
+  y, total, square = call(kernel, bias, h, weight, moments=moments)
+  return (y, total, square), (kernel, h, y, weight)
+
+
+def _native_backward(
+  moments: bool, saved: tuple[Array, ...], gradient: tuple[Array, Array, Array]
+) -> tuple[Array, Array, Array, Array]:
+  kernel, h, y, weight = saved
+  shapes = [jax.ShapeDtypeStruct(kernel.shape, jnp.float32), jax.ShapeDtypeStruct(kernel.shape[1:], jnp.float32)]
+  call = jax.ffi.ffi_call(f'dlrm_dense_backward_{h.dtype}', (*shapes, jax.ShapeDtypeStruct(h.shape, h.dtype)))
+  return *call(kernel, h, y, gradient[0], weight, *gradient[1:], moments=moments), jnp.zeros_like(weight)
+
+
+_native.defvjp(_native_forward, _native_backward)

@@ -1,0 +1,149 @@
+"""The C++ kernels: compiled at first use where a compiler exists, kept in the user's cache folder, known to XLA:CPU."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jaxlib
+
+FOLDER = Path(__file__).parent
+FLAGS = ('-std=c++17', '-O3', '-march=native', '-fno-strict-aliasing', '-fPIC', '-shared', '-DNDEBUG', '-w')
+COMPILERS = ('c++', 'g++', 'clang++')
+# What the kernels are called in XLA's programs, and in C++.
+TARGETS = {
+  'dlrm_rows_gather': 'DlrmRowsGather',
+  'dlrm_rows_scatter': 'DlrmRowsScatter',
+  'dlrm_rows_merge': 'DlrmRowsMerge',
+  'dlrm_dense_forward_float32': 'DlrmDenseForwardFloat',
+  'dlrm_dense_backward_float32': 'DlrmDenseBackwardFloat',
+  'dlrm_dense_forward_bfloat16': 'DlrmDenseForwardBFloat16',
+  'dlrm_dense_backward_bfloat16': 'DlrmDenseBackwardBFloat16',
+}
+
+
+class BuildError(RuntimeError):
+  """The kernels cannot be had; the message is one line."""
+
+
+class Native(NamedTuple):
+  """Whether the C++ kernels can be used, and a line of log that says so or why not."""
+
+  ready: bool
+  note: str
+
+
+def choose(wanted: bool) -> Native:
+  """The C++ kernels, ready for XLA, if they are `wanted` and can be had."""
+  if not wanted:
+    return Native(False, 'XLA alone, no C++ kernels: config.native is False')
+  if jax.default_backend() != 'cpu':
+    return Native(False, f'XLA alone, no C++ kernels: they are for CPUs, this runs on {jax.default_backend()}')
+  return load()
+
+
+@functools.cache
+def load() -> Native:
+  """Builds the kernels if need be and makes them known to XLA, once in a process."""
+  try:
+    library, note = _library()
+    for target, symbol in TARGETS.items():
+      jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform='cpu')
+  except (BuildError, OSError, AttributeError) as error:
+    return Native(False, f'XLA alone, no C++ kernels: {error}')
+  return Native(True, note)
+
+
+def _library() -> tuple[ctypes.CDLL, str]:
+  compiler = find_compiler()
+  folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'dlrm_jax'
+  path = folder / f'kernels-{cache_key(compiler)}.so'
+  if is_whole(path):
+    return ctypes.CDLL(str(path)), f'C++ kernels: {path}'
+  started = time.perf_counter()
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    writable = os.access(folder, os.W_OK)
+  except OSError:
+    writable = False
+  with tempfile.TemporaryDirectory(prefix='dlrm_jax_', dir=folder if writable else None) as build:
+    built = Path(build) / path.name
+    compile_to(built, compiler)
+    seal(built)
+    # Renamed whole: other processes may be at the same, and see all of the file or nothing.
+    path = built.replace(path) if writable else built
+    library = ctypes.CDLL(str(path))  # stays loaded even if the file goes
+  where = path if writable else f'not kept, since {folder} cannot be written'
+  return library, f'C++ kernels, built in {time.perf_counter() - started:.0f} s: {where}'
+
+
+def seal(path: Path) -> None:
+  """Appends its digest to a library, which the system's loader does not look at."""
+  with path.open('ab') as file:
+    file.write(hashlib.sha256(path.read_bytes()).digest())
+
+
+def is_whole(path: Path) -> bool:
+  """Whether there is a library that was sealed. To load half of one would kill the process."""
+  if not path.exists():
+    return False
+  code = path.read_bytes()
+  return hashlib.sha256(code[:-32]).digest() == code[-32:]
+
+
+def find_compiler() -> str:
+  """$CXX, or the first C++ compiler in PATH. BuildError if there is none."""
+  named = os.environ.get('CXX')
+  for name in (named,) if named else COMPILERS:
+    found = shutil.which(name)
+    if found:
+      return found
+  raise BuildError(f'no C++ compiler, looked for {named or ", ".join(COMPILERS)}; install g++ or set CXX')
+
+
+def cache_key(compiler: str, folder: Path = FOLDER, processor: Callable[[], str] | None = None) -> str:
+  """Of all that decides what the machine code is: a home folder may be shared by machines that differ."""
+  parts = [path.name.encode() + path.read_bytes() for path in sources(folder)]
+  version = _run([compiler, '--version']).stdout
+  settings = (compiler, version, *FLAGS, jax.__version__, jaxlib.__version__, (processor or describe_processor)())
+  return hashlib.sha256(b'\0'.join([*parts, *(item.encode() for item in settings)])).hexdigest()[:24]
+
+
+def sources(folder: Path = FOLDER) -> list[Path]:
+  """The C++ files, headers included."""
+  return sorted([*folder.glob('*.cc'), *folder.glob('*.h')])
+
+
+def describe_processor() -> str:
+  """Model and instruction sets of this processor: what -march=native looks at."""
+  words = [platform.system(), platform.machine(), platform.processor()]
+  kept = ('vendor_id', 'cpu family', 'model', 'stepping', 'flags', 'Features', 'CPU ')
+  try:
+    first, _, _ = Path('/proc/cpuinfo').read_text().partition('\n\n')
+  except OSError:
+    return ' '.join([*words, platform.version()])
+  return '\n'.join([*words, *(line for line in first.splitlines() if line.startswith(kept))])
+
+
+def compile_to(path: Path, compiler: str, folder: Path = FOLDER) -> None:
+  """Compiles all of the C++ files into one library. BuildError, with the compiler's first complaint, if it fails."""
+  files = [str(file) for file in sources(folder) if file.suffix == '.cc']
+  done = _run([compiler, *FLAGS, '-isystem', jax.ffi.include_dir(), *files, '-o', str(path)])
+  if done.returncode:
+    lines = [line for line in done.stderr.splitlines() if 'error' in line] or done.stderr.splitlines() or ['?']
+    raise BuildError(f'{compiler} failed: {lines[0].strip()}')
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess:
+  # The C locale, so that an error is called one.
+  environment = {**os.environ, 'LC_ALL': 'C'}
+  return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

@@ -1,0 +1,319 @@
+// The product C[m, 64] = A[m, k] B[k, 64] in 32-bit words along k, for float and bfloat16, and element-wise work on rows
+// of 64. Chosen by what the compiler is told of the processor (-march=native): AMX, AVX512-BF16, or plain vectors.
+
+#ifndef DLRM_JAX_NATIVE_DENSE_CORE_H_
+#define DLRM_JAX_NATIVE_DENSE_CORE_H_
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+#if defined(DLRM_EMULATE_AMX)
+#include "amx_emulation.h"
+#define DLRM_AMX 1
+#elif defined(__AMX_BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define DLRM_AMX 1
+#endif
+
+namespace dlrm {
+
+using Word = uint32_t;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline int64_t RoundUp(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// ---- One element.
+
+inline float Widen(float x) { return x; }
+inline float Widen(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+
+template <typename T>
+T Round(float x);
+template <>
+inline float Round<float>(float x) {
+  return x;
+}
+template <>
+inline BFloat16 Round<BFloat16>(float x) {  // to nearest, ties to even; NaN stays NaN
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (x != x) return {static_cast<uint16_t>((bits >> 16) | 0x40)};
+  return {static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+// ---- Rows of 64.
+
+inline void Store(const float* in, float* out) { std::memcpy(out, in, 64 * sizeof(float)); }
+inline void Store(const float* in, BFloat16* out) {
+#if defined(__AVX512BF16__)
+  for (int i = 0; i < 64; i += 32) {
+    const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(in + i + 16), _mm512_loadu_ps(in + i));
+    std::memcpy(out + i, &both, sizeof both);
+  }
+#else
+  for (int i = 0; i < 64; ++i) out[i] = Round<BFloat16>(in[i]);
+#endif
+}
+
+inline void Load(const float* in, float* out) { std::memcpy(out, in, 64 * sizeof(float)); }
+inline void Load(const BFloat16* in, float* out) {
+  const uint16_t* bits = reinterpret_cast<const uint16_t*>(in);
+  uint32_t* words = reinterpret_cast<uint32_t*>(out);
+  for (int i = 0; i < 64; ++i) words[i] = static_cast<uint32_t>(bits[i]) << 16;
+}
+
+// 64 words, each of one element of each row.
+inline void Interleave(const float* const rows[1], Word* out) { std::memcpy(out, rows[0], 64 * sizeof(Word)); }
+inline void Interleave(const BFloat16* const rows[2], Word* out) {
+  const uint16_t *low = &rows[0]->bits, *high = &rows[1]->bits;
+  for (int i = 0; i < 64; ++i) out[i] = low[i] | static_cast<uint32_t>(high[i]) << 16;
+}
+
+// A row of any length, filled up with zeros to `size`.
+template <typename T>
+void RoundRow(const float* in, int64_t n, T* out, int64_t size) {
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64) Store(in + i, out + i);
+  for (; i < n; ++i) out[i] = Round<T>(in[i]);
+  for (; i < size; ++i) out[i] = Round<T>(0.f);
+}
+
+inline void AddTo(float* out, const float* in, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) out[i] += in[i];
+}
+
+typedef float Vector __attribute__((vector_size(64)));  // the compiler cuts it up where registers are smaller
+typedef float VectorAt __attribute__((vector_size(64), aligned(4), may_alias));  // in memory, anywhere
+
+inline Vector LoadVector(const void* in) { return *static_cast<const VectorAt*>(in); }
+inline void StoreVector(Vector v, void* out) { *static_cast<VectorAt*>(out) = v; }
+
+inline float Sum(Vector v) {
+  for (int half = 8; half; half /= 2) {
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  }
+  return v[0];
+}
+
+// max(0, row + bias); NaN stays NaN.
+inline void BiasRelu(float* row, float bias) {
+  for (int i = 0; i < 64; ++i) {
+    const float x = row[i] + bias;
+    row[i] = x < 0 ? 0 : x;
+  }
+}
+
+// The sums of weight * row and of weight * row^2.
+inline void Moments(const float* row, const float* weight, float* sum, float* square) {
+  Vector s = {}, q = {};
+  for (int i = 0; i < 64; i += 16) {
+    const Vector x = LoadVector(row + i), wx = LoadVector(weight + i) * x;
+    s += wx;
+    q += wx * x;
+  }
+  *sum = Sum(s);
+  *square = Sum(q);
+}
+
+// g <- gradient before the ReLU where y is above 0: gy and, through the moments, weight * (gsum + y * gsquare2).
+// Returns the sum of g, before it is rounded.
+template <typename T>
+float ReluGradient(const T* gy, const T* y, const float* weight, float gsum, float gsquare2, bool moments, T* g) {
+  alignas(64) float gradient[64], active[64];
+  Load(gy, gradient);
+  Load(y, active);
+  Vector total = {};
+  for (int i = 0; i < 64; i += 16) {
+    Vector x = LoadVector(gradient + i);
+    const Vector a = LoadVector(active + i);
+    if (moments) x += LoadVector(weight + i) * (gsum + a * gsquare2);
+    x = a > 0 ? x : Vector{};
+    StoreVector(x, gradient + i);
+    total += x;
+  }
+  Store(gradient, g);
+  return Sum(total);
+}
+
+// out[16, 16] <- in^T; ld: words from row to row.
+inline void Transpose16(const Word* in, int64_t ld_in, Word* out, int64_t ld_out) {
+#if defined(__AVX512F__)
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(in + i * ld_in);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+    b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+    b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+    b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) {
+    _mm512_storeu_si512(out + i * ld_out, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+    _mm512_storeu_si512(out + (i + 8) * ld_out, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+  }
+#else
+  for (int i = 0; i < 16; ++i) {
+    for (int j = 0; j < 16; ++j) out[j * ld_out + i] = in[i * ld_in + j];
+  }
+#endif
+}
+
+// ---- The product.
+
+// Rows x Columns of C in registers: 24 of the 32 of AVX-512, 12 of the 16 of AVX2.
+#if defined(__AVX512F__)
+constexpr int kColumns = 4;
+#else
+constexpr int kColumns = 1;
+#endif
+
+template <typename T>
+inline Vector MultiplyAdd(Vector c, Word a, Vector b);
+
+template <>
+inline Vector MultiplyAdd<float>(Vector c, Word a, Vector b) {
+  float x;
+  std::memcpy(&x, &a, sizeof x);
+  return c + x * b;
+}
+
+template <>
+inline Vector MultiplyAdd<BFloat16>(Vector c, Word a, Vector b) {
+#if defined(__AVX512BF16__)
+  return (Vector)_mm512_dpbf16_ps((__m512)c, (__m512bh)b, (__m512bh)_mm512_set1_epi32(a));
+#else
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  const Words pair = (Words)b;
+  c += Widen(BFloat16{static_cast<uint16_t>(a)}) * (Vector)(pair << 16);
+  return c + Widen(BFloat16{static_cast<uint16_t>(a >> 16)}) * (Vector)(pair & 0xffff0000u);
+#endif
+}
+
+template <typename T, int Rows>
+void Tile(const Word* a, int64_t lda, const Word* b, int64_t words, float* c) {
+  for (int64_t column = 0; column < 64; column += kColumns * 16) {
+    Vector sum[Rows][kColumns] = {};
+    for (int64_t w = 0; w < words; ++w) {
+      Vector right[kColumns];
+#pragma GCC unroll 4
+      for (int v = 0; v < kColumns; ++v) right[v] = LoadVector(b + w * 64 + column + v * 16);
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kColumns; ++v) sum[r][v] = MultiplyAdd<T>(sum[r][v], a[r * lda + w], right[v]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kColumns; ++v) StoreVector(sum[r][v], c + r * 64 + column + v * 16);
+    }
+  }
+}
+
+template <typename T>
+void PlainProduct(const Word* a, int64_t lda, const Word* b, int64_t words, int64_t rows, float* c) {
+  for (; rows >= 6; rows -= 6, a += 6 * lda, c += 6 * 64) Tile<T, 6>(a, lda, b, words, c);
+  if (rows >= 4) {
+    Tile<T, 4>(a, lda, b, words, c);
+    rows -= 4, a += 4 * lda, c += 4 * 64;
+  }
+  if (rows >= 2) {
+    Tile<T, 2>(a, lda, b, words, c);
+    rows -= 2, a += 2 * lda, c += 2 * 64;
+  }
+  if (rows) Tile<T, 1>(a, lda, b, words, c);
+}
+
+template <typename T>
+struct Product {
+  static constexpr int64_t kWordStep = 1, kRowStep = 1;  // A and B are filled up to multiples of these
+
+  void operator()(const Word* a, int64_t lda, const Word* b, int64_t words, int64_t rows, float* c) const {
+    PlainProduct<T>(a, lda, b, words, rows, c);
+  }
+};
+
+#if defined(DLRM_AMX)
+inline bool MayUseTiles() {
+#if defined(DLRM_EMULATE_AMX)
+  return true;
+#else
+  // Linux gives the tile registers' state to a process only if it asks: ARCH_REQ_XCOMP_PERM of XFEATURE_XTILEDATA.
+  static const bool granted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
+  return granted;
+#endif
+}
+
+// 32 x 32 of C in four tile registers; C has room for a multiple of 32 rows. What A holds past the last row does not
+// matter: it ends in rows of C that nobody reads.
+template <>
+struct Product<BFloat16> {
+  static constexpr int64_t kWordStep = 16, kRowStep = 32;
+
+  Product() {
+    if (!MayUseTiles()) return;
+    alignas(64) static const struct {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    _tile_loadconfig(&config);
+  }
+  ~Product() {
+    if (MayUseTiles()) _tile_release();  // a thread without tiles in use is cheaper to switch
+  }
+
+  void operator()(const Word* a, int64_t lda, const Word* b, int64_t words, int64_t rows, float* c) const {
+    if (!MayUseTiles()) return PlainProduct<BFloat16>(a, lda, b, words, rows, c);
+    asm volatile("" ::: "memory");  // the compiler does not know that tile loads read what was packed
+    for (int64_t row = 0; row < rows; row += 32) {
+      for (int64_t column = 0; column < 64; column += 32) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t w = 0; w < words; w += 16) {
+          _tile_loadd(4, a + row * lda + w, lda * 4);
+          _tile_loadd(5, a + (row + 16) * lda + w, lda * 4);
+          _tile_loadd(6, b + w * 64 + column, 256);
+          _tile_loadd(7, b + w * 64 + column + 16, 256);
+          _tile_dpbf16ps(0, 4, 6);
+          _tile_dpbf16ps(1, 4, 7);
+          _tile_dpbf16ps(2, 5, 6);
+          _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, c + row * 64 + column, 256);
+        _tile_stored(1, c + row * 64 + column + 16, 256);
+        _tile_stored(2, c + (row + 16) * 64 + column, 256);
+        _tile_stored(3, c + (row + 16) * 64 + column + 16, 256);
+      }
+    }
+  }
+};
+#endif
+
+}  // namespace dlrm
+
+#endif  // DLRM_JAX_NATIVE_DENSE_CORE_H_

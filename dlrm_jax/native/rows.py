@@ -1,0 +1,90 @@
+"""Reading, writing and merging rows of tables, in XLA and in C++ (rows.cc): the same numbers, and the same promises.
+
+"No row" is a number outside of [0, rows). Tables must be donated, or they are copied.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int32
+
+Merged = tuple[Int32[Array, 'rows'], Int32[Array, 'K'], Float[Array, 'K D'], Int32[Array, '']]
+
+
+class RowKernels(NamedTuple):
+  """Either form. Tables [rows, ...] come as a tree, and their rows in a tree like it."""
+
+  # (tables, row i32[...]) -> their rows [..., D]; no row reads as zero
+  read: Callable[[Any, Array], Any]
+  # (tables, row i32[K], new rows) -> tables; rows must be distinct, and no row is not written
+  write: Callable[[Any, Array, Any], Any]
+  # (scratch i32[rows], row i32[N], grad f32[N, D], K) -> (scratch, used; distinct rows i32[K]; the sum of the
+  # gradients of each; their count). They fill the first lanes, in any order; every sum is in the order of the batch.
+  # The other lanes are "no row", with gradients that mean nothing. K is at least N. What the scratch held is all one.
+  merge: Callable[[Array, Array, Array, int], Merged]
+
+
+def xla_read(tables: Any, row: Int32[Array, '...']) -> Any:
+  """See `RowKernels.read`."""
+  at = {'mode': 'fill', 'fill_value': 0, 'wrap_negative_indices': False}
+  return jax.tree.map(lambda table: table.at[row].get(**at), tables)
+
+
+def xla_write(tables: Any, row: Int32[Array, 'K'], new: Any) -> Any:
+  """See `RowKernels.write`."""
+  at = {'mode': 'drop', 'wrap_negative_indices': False}
+  return jax.tree.map(lambda table, rows: table.at[row].set(rows, **at), tables, new)
+
+
+def xla_merge(scratch: Int32[Array, 'rows'], row: Int32[Array, 'N'], grad: Float[Array, 'N D'], places: int) -> Merged:
+  """See `RowKernels.merge`.
+
+  Without a sort, which would cost more than the rest of the update: each lane writes its number at its row, so that
+  reading there names one winner per row. Only places just written are read, so the scratch need not be cleared.
+  """
+  n, rows = row.shape[0], scratch.shape[0]
+  lane = jnp.arange(n, dtype=jnp.int32)
+  # A row past the end, or a negative one, wins nothing, so that nothing below ever sees it.
+  scratch = scratch.at[row].set(lane, mode='drop', wrap_negative_indices=False)
+  winner = scratch.at[row].get(mode='fill', fill_value=n, wrap_negative_indices=False)
+  wins = (winner == lane).astype(jnp.int32)
+  place = (jnp.cumsum(wins) - 1).at[winner].get(mode='fill', fill_value=places)
+  distinct = jnp.full(places, rows, jnp.int32).at[place].set(row, mode='drop')
+  total = jnp.zeros((places, grad.shape[1]), grad.dtype).at[place].add(grad, mode='drop')
+  return scratch, distinct, total, jnp.sum(wins, dtype=jnp.int32)
+
+
+def native_read(tables: Any, row: Int32[Array, '...']) -> Any:
+  """See `RowKernels.read`."""
+  leaves, tree = jax.tree.flatten(tables)
+  shapes = [jax.ShapeDtypeStruct((*row.shape, *leaf.shape[1:]), leaf.dtype) for leaf in leaves]
+  return jax.tree.unflatten(tree, jax.ffi.ffi_call('dlrm_rows_gather', shapes)(row, *leaves))
+
+
+def native_write(tables: Any, row: Int32[Array, 'K'], new: Any) -> Any:
+  """See `RowKernels.write`."""
+  leaves, tree = jax.tree.flatten(tables)
+  shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+  in_place = {1 + place: place for place in range(len(leaves))}
+  call = jax.ffi.ffi_call('dlrm_rows_scatter', shapes, input_output_aliases=in_place)
+  return jax.tree.unflatten(tree, call(row, *leaves, *jax.tree.leaves(new)))
+
+
+def native_merge(
+  scratch: Int32[Array, 'rows'], row: Int32[Array, 'N'], grad: Float[Array, 'N D'], places: int
+) -> Merged:
+  """See `RowKernels.merge`. The result does not depend on the number of threads."""
+  shapes = (
+    jax.ShapeDtypeStruct(scratch.shape, jnp.int32),
+    jax.ShapeDtypeStruct((places,), jnp.int32),
+    jax.ShapeDtypeStruct((places, grad.shape[1]), jnp.float32),
+    jax.ShapeDtypeStruct((), jnp.int32),
+  )
+  return tuple(jax.ffi.ffi_call('dlrm_rows_merge', shapes, input_output_aliases={0: 0})(scratch, row, grad))
+
+
+XLA = RowKernels(xla_read, xla_write, xla_merge)
+NATIVE = RowKernels(native_read, native_write, native_merge)  # needs native.build.load()
