@@ -1,4 +1,4 @@
-"""What benchmark.py and quality.py share: children one at a time, the PyTorch twin, the machine, tables and records.
+"""What the experiments share: children one at a time, the peers, the data, the machine, tables and records.
 
 Nothing here imports JAX at the top: the program that starts the others stays small, so that a child's peak memory,
 which the kernel counts from what its parent had, is the child's own.
@@ -6,6 +6,7 @@ which the kernel counts from what its parent had, is the child's own.
 
 import argparse
 import concurrent.futures
+import contextlib
 import datetime
 import importlib
 import importlib.metadata
@@ -16,16 +17,17 @@ import os
 import platform
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-PEER = ROOT / 'experiments' / 'peers' / 'pytorch'
+RECORDS = ROOT / 'experiments' / 'records'
 CORES = len(os.sched_getaffinity(0))
 LEARNING_RATE = 0.002  # of all systems: the default of configs/base.py
 FLAGS = ('amx_bf16', 'avx512_bf16')  # of the processor: what makes bfloat16 products fast
@@ -33,6 +35,32 @@ FLAGS = ('amx_bf16', 'avx512_bf16')  # of the processor: what makes bfloat16 pro
 
 class Failed(RuntimeError):
   """A child that did not succeed; the message is one line, without paths or addresses."""
+
+
+class Peer(NamedTuple):
+  """Another implementation in a folder of peers/, with requirements.txt and an environment of its own in .venv."""
+
+  name: str
+  folder: str
+  module: str  # what must be imported, and whose version is told
+  script: str = 'run.py'
+  version: str = ''  # of Python, such as 3.7; the one that runs this if empty
+
+  @property
+  def path(self) -> Path:
+    """The folder."""
+    return ROOT / 'experiments' / 'peers' / self.folder
+
+  @property
+  def python(self) -> Path:
+    """Python of the environment."""
+    return self.path / '.venv' / 'bin' / 'python'
+
+
+TWIN = Peer('PyTorch', 'pytorch', 'torch', script='twin.py')
+FBGEMM = Peer('PyTorch + FBGEMM', 'fbgemm', 'fbgemm_gpu')
+TENSORFLOW_2 = Peer('TensorFlow 2', 'tensorflow2', 'tensorflow')
+TENSORFLOW_1 = Peer('TensorFlow 1.15.5', 'tensorflow1', 'tensorflow', version='3.7')
 
 
 def load_before() -> float:
@@ -43,13 +71,14 @@ def load_before() -> float:
   return load
 
 
-def parser(kind: str, description: str) -> argparse.ArgumentParser:
-  """The options that both programs have."""
+def parser(kind: str, description: str, record: bool = True) -> argparse.ArgumentParser:
+  """The options that all programs have."""
   form = argparse.RawDescriptionHelpFormatter
   out = argparse.ArgumentParser(prog=f'experiments.{kind}', description=description, formatter_class=form)
-  out.add_argument('--batch_size', type=int, default=512)
-  out.add_argument('--buckets', type=buckets, default=0, help='rows of every column, or full (19,044,490 in all)')
-  out.add_argument('--record', type=Path, help=f'file to write (experiments/records/{kind}_<date>.json)')
+  text = 'rows of every column, or full (19,044,490 in all; the default)'
+  out.add_argument('--buckets', type=buckets, default=0, help=text)
+  if record:
+    out.add_argument('--record', type=Path, help=f'file to write (experiments/records/{kind}_<date>.json)')
   # A SIGTERM is to end the program as Ctrl-C does: its child goes, too, and gigabytes of temporary files.
   signal.signal(signal.SIGTERM, signal.default_int_handler)
   return out
@@ -75,14 +104,31 @@ def run(command: Sequence[str | Path]) -> tuple[dict[str, Any], float]:
   return json.loads(output.splitlines()[-1]), usage.ru_maxrss * 1024 / 1e9
 
 
-def in_process(function: Callable[..., Any], *arguments: Any) -> Any:
-  """`function(*arguments)` in a fresh process that ends with it. Failed with the last words of its exception."""
+def in_process(function: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None) -> Any:
+  """`function(*arguments)` in a fresh process that ends with it. Failed with the last words of its exception.
+
+  environment: variables that the process has beside those of this one.
+  """
   spawn = multiprocessing.get_context('spawn')
-  with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+  with variables(environment or {}), concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
     try:
       return pool.submit(function, *arguments).result()
     except Exception as error:
       raise Failed(last_words(f'{type(error).__name__}: {error}')) from error
+
+
+@contextlib.contextmanager
+def variables(values: Mapping[str, str]) -> Iterator[None]:
+  """Environment variables for as long as it lasts."""
+  before = dict(os.environ)
+  os.environ.update(values)
+  try:
+    yield
+  finally:
+    for name in values:
+      os.environ.pop(name)
+      if name in before:
+        os.environ[name] = before[name]
 
 
 def own_peak() -> float:
@@ -97,29 +143,50 @@ def last_words(text: str) -> str:
   return re.sub(r"(?<![\w.])/[^\s,;:'\"]*/", '', line)
 
 
-def install_twin() -> tuple[Path, str]:
-  """Python of the twin's environment, made if need be, and the version of torch in it. Failed if it cannot be made."""
-  python = PEER / '.venv' / 'bin' / 'python'
-  requirements = PEER / 'requirements.txt'
-  ask = [python, '-c', 'import torch; print(torch.__version__)']
-  if not python.exists() or subprocess.run(ask, capture_output=True).returncode:
-    say('installing the PyTorch twin')
-    pip = [python, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', '-r', requirements]
-    for command in ([sys.executable, '-m', 'venv', PEER / '.venv'], pip):
+def install(peer: Peer) -> str:
+  """Version of the module of a peer, whose environment is made if need be. Failed if it cannot be made."""
+  ask = [peer.python, '-c', f'import {peer.module} as module; print(module.__version__)']
+  if not peer.python.exists() or subprocess.run(ask, capture_output=True).returncode:
+    say(f'installing {peer.name}')
+    pip = [peer.python, '-m', 'pip', 'install', '--quiet', '--disable-pip-version-check']
+    venv = [interpreter(peer.version), '-m', 'venv', peer.path / '.venv']
+    for command in (venv, [*pip, '-r', peer.path / 'requirements.txt']):
       done = subprocess.run(command, capture_output=True, text=True)
       if done.returncode:
         raise Failed(f'not installed: {last_words(done.stdout + done.stderr)}')
   done = subprocess.run(ask, capture_output=True, text=True)
   if done.returncode:
     raise Failed(f'not installed: {last_words(done.stderr)}')
-  return python, done.stdout.strip()
+  return done.stdout.split()[-1]
 
 
-def run_twin(python: Path, mode: str, **flags: Any) -> tuple[dict[str, Any], float]:
-  """`run` of the twin with these flags, on all cores."""
+def interpreter(version: str) -> str:
+  """A Python of this version (such as 3.7) that runs; this one if it is empty. Failed if there is none."""
+  if not version:
+    return sys.executable
+  found = [shutil.which(f'python{version}')]
+  if shutil.which('pyenv'):
+    root = subprocess.run(['pyenv', 'root'], capture_output=True, text=True).stdout.strip()
+    found += sorted(str(path) for path in Path(root, 'versions').glob(f'{version}*/bin/python'))
+  for python in filter(None, found):  # what pyenv puts on the path may be there and yet not run
+    if not subprocess.run([python, '-c', ''], capture_output=True).returncode:
+      return python
+  raise Failed(f'no Python {version}')
+
+
+def run_peer(peer: Peer, mode: str, **flags: Any) -> tuple[dict[str, Any], float]:
+  """`run` of a peer with these flags, on all cores. A flag that is True is bare, one that is False is left out."""
   flags |= {'mode': mode, 'threads': CORES, 'learning_rate': LEARNING_RATE}
-  words = [str(word) for name, value in flags.items() for word in (f'--{name}', value)]
-  return run([python, PEER / 'twin.py', *words])
+  words = []
+  for name, value in flags.items():
+    if value is not False:
+      words += [f'--{name}'] if value is True else [f'--{name}', str(value)]
+  return run([peer.python, peer.path / peer.script, *words])
+
+
+def numbers(text: str) -> tuple[int, ...]:
+  """Whole numbers separated by commas."""
+  return tuple(int(word) for word in text.split(','))
 
 
 def buckets(text: str) -> int:
@@ -138,8 +205,8 @@ def dlrm_jax(config: str, data: Path, output: Path, rows: int, batch_size: int, 
   ]
 
 
-def make_spec(config: str, data: Path, rows: int, batch_size: int, **fields: Any) -> Any:
-  """The `Spec` that the command of `dlrm_jax` has."""
+def make_spec(config: str, data: Path, rows: int, batch_size: int, /, **fields: Any) -> Any:
+  """The `Spec` that the command of `dlrm_jax` has; `fields` are others of its config, nested ones as dictionaries."""
   from dlrm_jax import spec as specs
 
   values = importlib.import_module(f'configs.{config}').get_config()
@@ -200,6 +267,22 @@ def check_data(folder: Path, *names: str) -> Path:
   return folder.resolve()
 
 
+def add_data(parser: argparse.ArgumentParser, rows: int) -> None:
+  """The options that `find_data` needs."""
+  parser.add_argument('--data', type=Path, help='folder with train.csv')
+  parser.add_argument('--rows', type=int, default=rows, help=f'rows to make without --data ({rows:,})')
+
+
+def find_data(folder: Path | None, rows: int, temporary: Path) -> Path:
+  """The folder, which must have a train.csv; without one, that of `rows` synthetic rows made in a temporary folder."""
+  if folder:
+    return check_data(folder, 'train.csv')
+  say(f'making {rows:,} rows of data')
+  flags = ('--rows', str(rows), '--eval_rows', '1', '--out', temporary / 'data')
+  run([sys.executable, '-m', 'dlrm_jax.data.synthetic', *flags])
+  return temporary / 'data'
+
+
 def about_data(folder: Path) -> dict[str, Any] | None:
   """What the synthetic generator wrote about the data (seed, rows, best possible AUC); None for other data."""
   path = folder / 'synthetic.json'
@@ -245,12 +328,22 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
   return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
-def finish(kind: str, record: dict[str, Any], text: str, path: Path | None) -> None:
-  """Prints the result and writes its record, by default to experiments/records/<kind>_<date>.json."""
-  print(text, machine_line(record['machine']), sep='\n\n')
-  path = path or ROOT / 'experiments' / 'records' / f'{kind}_{record["machine"]["date"]}.json'
+def record_path(kind: str, path: Path | None) -> Path:
+  """Where a record goes: the path asked for, or experiments/records/<kind>_<date>.json."""
+  return path or RECORDS / f'{kind}_{datetime.date.today().isoformat()}.json'
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+  """The record as JSON."""
   path.parent.mkdir(parents=True, exist_ok=True)
   path.write_text(json.dumps(record, indent=2) + '\n')
+
+
+def finish(kind: str, record: dict[str, Any], text: str, path: Path | None) -> None:
+  """Prints the result and writes its record (see `record_path`)."""
+  print(text, machine_line(record['machine']), sep='\n\n')
+  path = record_path(kind, path)
+  write_record(path, record)
   say(f'record in {path}')
 
 

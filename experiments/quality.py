@@ -36,10 +36,10 @@ def train_dlrm_jax(args: argparse.Namespace, config: str, seed: int, steps: int,
   return pick(result, peak)
 
 
-def train_twin(args: argparse.Namespace, python: Path, seed: int, arrays: Path) -> Result:
+def train_twin(args: argparse.Namespace, seed: int, arrays: Path) -> Result:
   """One run of the PyTorch twin."""
   flags = {'data': arrays, 'buckets': args.buckets, 'batch_size': args.batch_size, 'seed': seed}
-  return pick(*common.run_twin(python, 'quality', **flags))
+  return pick(*common.run_peer(common.TWIN, 'quality', **flags))
 
 
 def pick(result: dict[str, Any], peak_gb: float) -> Result:
@@ -90,8 +90,8 @@ def measure(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], str
     'dlrm_jax bf16': lambda seed: train_dlrm_jax(args, 'bf16', seed, steps, output),
   }
   try:
-    python, torch = common.install_twin()
-    runs[TWIN] = lambda seed: train_twin(args, python, seed, arrays)
+    torch = common.install(common.TWIN)
+    runs[TWIN] = lambda seed: train_twin(args, seed, arrays)
   except common.Failed as error:
     failed[TWIN] = str(error)
   results = {name: [] for name in runs}
@@ -112,6 +112,7 @@ def main(argv: list[str]) -> None:
   """Trains everything, prints the tables and writes the record."""
   parser = common.parser('quality', __doc__)
   parser.add_argument('--data', type=Path, default=Path('data'), help='folder with train.csv and eval.csv (data)')
+  parser.add_argument('--batch_size', type=int, default=512)
   parser.add_argument('--seeds', type=int, nargs='+', default=[1, 2, 3])
   parser.add_argument('--steps', type=int, default=0, help='steps of a run, one epoch at most and by default')
   args = parser.parse_args(argv)
