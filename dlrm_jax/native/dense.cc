@@ -20,14 +20,22 @@ using namespace dlrm;
 
 constexpr int64_t kPanel = 64;   // columns of a panel: examples, or features of g^T
 constexpr int64_t kSlice = 512;  // examples of a slice: its h and g^T stay in the second-level cache
-constexpr int64_t kBlock = 96;   // rows of C between two epilogues: a multiple of 6 and of 32
+constexpr int64_t kSlicePanels = kSlice / kPanel;
+constexpr int64_t kBlock = 96;  // rows of C that a thread makes at a time: a multiple of 6 and of 32
 
 template <typename T>
 constexpr int64_t kPerWord = sizeof(Word) / sizeof(T);
 
+int64_t Ceil(int64_t n, int64_t step) { return (n + step - 1) / step; }
+
+template <typename T>
+T* Data(ffi::AnyBuffer buffer) {
+  return reinterpret_cast<T*>(buffer.untyped_data());
+}
+
 template <typename T>
 int64_t WordsOf(int64_t elements) {
-  return RoundUp((elements + kPerWord<T> - 1) / kPerWord<T>, Product<T>::kWordStep);
+  return RoundUp(Ceil(elements, kPerWord<T>), Product<T>::kWordStep);
 }
 
 // out[row of 64 examples, kPerWord rows of in to a word] <- in[rows, 64 of ld examples]; rows past the end are zero.
@@ -75,44 +83,43 @@ void PackTransposed(const float* kernel, int64_t k, int64_t n, int64_t n0, int64
 
 template <typename T>
 ffi::Error Forward(ffi::ThreadPool pool, ffi::AnyBuffer kernel, ffi::AnyBuffer bias, ffi::AnyBuffer h_in,
-                   ffi::AnyBuffer weight_in, ffi::Result<ffi::AnyBuffer> y_out, ffi::Result<ffi::AnyBuffer> sum,
-                   ffi::Result<ffi::AnyBuffer> square, bool moments) {
+                   ffi::AnyBuffer weight_in, ffi::Result<ffi::AnyBuffer> y_out, ffi::Result<ffi::AnyBuffer> sum_out,
+                   ffi::Result<ffi::AnyBuffer> square_out, bool moments) {
   const int64_t k = kernel.dimensions()[0], n = kernel.dimensions()[1], examples = h_in.dimensions()[1];
-  const int64_t words = WordsOf<T>(k), panels = examples / kPanel;
-  const float* w = reinterpret_cast<const float*>(kernel.untyped_data());
-  const float* b = reinterpret_cast<const float*>(bias.untyped_data());
-  const T* h = reinterpret_cast<const T*>(h_in.untyped_data());
-  const float* weight = reinterpret_cast<const float*>(weight_in.untyped_data());
-  T* y = reinterpret_cast<T*>(y_out->untyped_data());
+  const int64_t words = WordsOf<T>(k), panels = examples / kPanel, blocks = Ceil(n, kBlock);
+  const float *w = Data<float>(kernel), *b = Data<float>(bias), *weight = Data<float>(weight_in);
+  const T* h = Data<T>(h_in);
+  T* y = Data<T>(*y_out);
 
   Word* a = Scratch<0>(RoundUp(n, Product<T>::kRowStep) * words);
-  ParallelFor(pool, (n + kPanel - 1) / kPanel, [&](int64_t i) { PackTransposed<T>(w, k, n, i * kPanel, words, a); });
-
-  float* partial = reinterpret_cast<float*>(Scratch<1>(panels * 2 * n));
-  ParallelFor(pool, panels, [&](int64_t panel) {
-    const int64_t first = panel * kPanel;
-    Word* packed = Scratch<2>(words * kPanel);
-    PackPanel(h + first, examples, k, words, packed);
-    alignas(64) float c[kBlock * kPanel];
-    Product<T> product;
-    for (int64_t n0 = 0; n0 < n; n0 += kBlock) {
+  Word* packed = Scratch<2>(kSlice * words);
+  float* partial = reinterpret_cast<float*>(Scratch<1>(panels * 2 * n));  // moments, by panel
+  for (int64_t start = 0; start < panels; start += kSlicePanels) {
+    const int64_t slice = std::min(kSlicePanels, panels - start), weights = start ? 0 : Ceil(n, kPanel);
+    ParallelFor(pool, weights + slice, [&](int64_t i) {
+      if (i < weights) return PackTransposed<T>(w, k, n, i * kPanel, words, a);
+      i -= weights;
+      PackPanel(h + (start + i) * kPanel, examples, k, words, packed + i * words * kPanel);
+    });
+    ParallelFor(pool, slice * blocks, [&](int64_t i) {
+      const int64_t panel = start + i / blocks, first = panel * kPanel, n0 = i % blocks * kBlock;
       const int64_t rows = std::min(kBlock, n - n0);
-      product(a + n0 * words, words, packed, words, rows, c);
+      alignas(64) float c[kBlock * kPanel];
+      Product<T>()(a + n0 * words, words, packed + i / blocks * words * kPanel, words, rows, c);
       for (int64_t r = 0; r < rows; ++r) {
-        float* row = c + r * kPanel;
+        float *row = c + r * kPanel, *sums = partial + 2 * panel * n + n0 + r;
         BiasRelu(row, b[n0 + r]);
         Store(row, y + (n0 + r) * examples + first);
-        if (moments) Moments(row, weight + first, &partial[(2 * panel) * n + n0 + r], &partial[(2 * panel + 1) * n + n0 + r]);
+        if (moments) Moments(row, weight + first, sums, sums + n);
       }
-    }
-  });
-  float* sums = reinterpret_cast<float*>(sum->untyped_data());
-  float* squares = reinterpret_cast<float*>(square->untyped_data());
-  std::fill_n(sums, n, 0.f);
-  std::fill_n(squares, n, 0.f);
+    });
+  }
+  float *sum = Data<float>(*sum_out), *square = Data<float>(*square_out);
+  std::fill_n(sum, n, 0.f);
+  std::fill_n(square, n, 0.f);
   for (int64_t panel = 0; moments && panel < panels; ++panel) {
-    AddTo(sums, partial + (2 * panel) * n, n);
-    AddTo(squares, partial + (2 * panel + 1) * n, n);
+    AddTo(sum, partial + 2 * panel * n, n);
+    AddTo(square, partial + (2 * panel + 1) * n, n);
   }
   return ffi::Error::Success();
 }
@@ -123,68 +130,65 @@ ffi::Error Backward(ffi::ThreadPool pool, ffi::AnyBuffer kernel, ffi::AnyBuffer 
                     ffi::Result<ffi::AnyBuffer> gkernel_out, ffi::Result<ffi::AnyBuffer> gbias_out,
                     ffi::Result<ffi::AnyBuffer> gh_out, bool moments) {
   const int64_t k = kernel.dimensions()[0], n = kernel.dimensions()[1], examples = h_in.dimensions()[1];
-  const int64_t words = WordsOf<T>(n), panels = examples / kPanel;
-  const int64_t slice_words = kSlice / kPerWord<T>, panel_words = kPanel / kPerWord<T>;
-  const int64_t feature_panels = (n + kPanel - 1) / kPanel, blocks = (k + kBlock - 1) / kBlock;
-  const float* w = reinterpret_cast<const float*>(kernel.untyped_data());
-  const T* h = reinterpret_cast<const T*>(h_in.untyped_data());
-  const T* y = reinterpret_cast<const T*>(y_in.untyped_data());
-  const T* gy = reinterpret_cast<const T*>(gy_in.untyped_data());
-  const float* weight = reinterpret_cast<const float*>(weight_in.untyped_data());
-  const float* gsum = reinterpret_cast<const float*>(gsum_in.untyped_data());
-  const float* gsquare = reinterpret_cast<const float*>(gsquare_in.untyped_data());
-  float* gkernel = reinterpret_cast<float*>(gkernel_out->untyped_data());
-  float* gbias = reinterpret_cast<float*>(gbias_out->untyped_data());
-  T* gh = reinterpret_cast<T*>(gh_out->untyped_data());
+  const int64_t words = WordsOf<T>(n), panels = examples / kPanel, blocks = Ceil(k, kBlock);
+  const int64_t panel_words = kPanel / kPerWord<T>, slice_words = kSlice / kPerWord<T>;
+  const float *w = Data<float>(kernel), *weight = Data<float>(weight_in);
+  const float *gsum = Data<float>(gsum_in), *gsquare = Data<float>(gsquare_in);
+  const T *h = Data<T>(h_in), *y = Data<T>(y_in), *gy = Data<T>(gy_in);
+  float *gkernel = Data<float>(*gkernel_out), *gbias = Data<float>(*gbias_out);
+  T* gh = Data<T>(*gh_out);
 
   const int64_t padded_k = RoundUp(k, Product<T>::kRowStep);
-  Word* a = Scratch<0>(padded_k * words);  // W in words along n
-  ParallelFor(pool, blocks, [&](int64_t block) {
-    for (int64_t row = block * kBlock; row < std::min(k, (block + 1) * kBlock); ++row) {
-      RoundRow(w + row * n, n, reinterpret_cast<T*>(a + row * words), words * kPerWord<T>);
-    }
-  });
+  Word* a = Scratch<0>(padded_k * words);                       // W, in words along n
   float* partial = reinterpret_cast<float*>(Scratch<1>(panels * n));  // gradient of the bias, by panel
-  Word* slice_h = Scratch<3>(padded_k * slice_words);
-  Word* slice_g = Scratch<4>(feature_panels * slice_words * kPanel);  // [feature panel, word of examples, 64 features]
-
-  for (int64_t start = 0; start < panels; start += kSlice / kPanel) {
-    const int64_t stop = std::min(panels, start + kSlice / kPanel);
-    ParallelFor(pool, stop - start, [&](int64_t i) {
-      const int64_t first = (start + i) * kPanel;
-      // g: the gradient before the ReLU, in rows of 64 examples.
-      T* g = reinterpret_cast<T*>(Scratch<5>(RoundUp(n, 32) * panel_words));
-      for (int64_t row = 0; row < n; ++row) {
-        partial[(start + i) * n + row] =
-            ReluGradient(gy + row * examples + first, y + row * examples + first, weight + first,
-                         moments ? gsum[row] : 0.f, moments ? 2 * gsquare[row] : 0.f, moments, g + row * kPanel);
+  Word* packed = Scratch<2>(kSlice * words);                    // g of a slice, by panel: words along n, examples
+  Word* slice_h = Scratch<3>(padded_k * slice_words);           // h of a slice: k, words along the examples
+  Word* slice_g = Scratch<4>(RoundUp(n, kPanel) * slice_words);  // g^T, by 64 features: words along the examples, n
+  for (int64_t start = 0; start < panels; start += kSlicePanels) {
+    const int64_t slice = std::min(kSlicePanels, panels - start), weights = start ? 0 : blocks;
+    ParallelFor(pool, weights + slice, [&](int64_t i) {
+      if (i < weights) {
+        for (int64_t row = i * kBlock; row < std::min(k, (i + 1) * kBlock); ++row) {
+          RoundRow(w + row * n, n, reinterpret_cast<T*>(a + row * words), words * kPerWord<T>);
+        }
+        return;
       }
-      // Turned, in words along the examples, for the gradient of W.
+      i -= weights;
+      const int64_t panel = start + i, first = panel * kPanel;
+      T* g = reinterpret_cast<T*>(Scratch<5>(RoundUp(n, 16) * panel_words));  // the gradient before the ReLU
+      for (int64_t row = 0; row < n; ++row) {
+        const int64_t at = row * examples + first;
+        partial[panel * n + row] =
+            moments ? ReluGradient<T, true>(gy + at, y + at, weight + first, gsum[row], 2 * gsquare[row], g + row * kPanel)
+                    : ReluGradient<T, false>(gy + at, y + at, nullptr, 0, 0, g + row * kPanel);
+      }
+      PackPanel(g, kPanel, n, words, packed + i * words * kPanel);
       for (int64_t n0 = 0; n0 < n; n0 += 16) {
-        Word* out = slice_g + (n0 / kPanel) * slice_words * kPanel + i * panel_words * kPanel + n0 % kPanel;
+        Word* out = slice_g + n0 / kPanel * slice_words * kPanel + i * panel_words * kPanel + n0 % kPanel;
         for (int64_t w0 = 0; w0 < panel_words; w0 += 16) {
           Transpose16(reinterpret_cast<const Word*>(g) + n0 * panel_words + w0, panel_words, out + w0 * kPanel, kPanel);
         }
       }
       for (int64_t row = 0; row < k; ++row) {
-        std::copy_n(h + row * examples + first, kPanel, reinterpret_cast<T*>(slice_h + row * slice_words + i * panel_words));
-      }
-      Word* packed = Scratch<2>(words * kPanel);
-      PackPanel(g, kPanel, n, words, packed);
-      alignas(64) float c[kBlock * kPanel];
-      Product<T> product;
-      for (int64_t k0 = 0; k0 < k; k0 += kBlock) {
-        const int64_t rows = std::min(kBlock, k - k0);
-        product(a + k0 * words, words, packed, words, rows, c);
-        for (int64_t r = 0; r < rows; ++r) Store(c + r * kPanel, gh + (k0 + r) * examples + first);
+        const T* from = h + row * examples + first;
+        std::copy_n(from, kPanel, reinterpret_cast<T*>(slice_h + row * slice_words + i * panel_words));
       }
     });
-    ParallelFor(pool, feature_panels * blocks, [&](int64_t i) {
-      const int64_t n0 = i / blocks * kPanel, k0 = i % blocks * kBlock;
-      const int64_t rows = std::min(kBlock, k - k0), columns = std::min(kPanel, n - n0);
+    const int64_t inputs = slice * blocks;
+    ParallelFor(pool, inputs + Ceil(n, kPanel) * blocks, [&](int64_t i) {
+      const bool of_input = i < inputs;
+      i -= of_input ? 0 : inputs;
+      const int64_t panel = i / blocks, k0 = i % blocks * kBlock, rows = std::min(kBlock, k - k0);
       alignas(64) float c[kBlock * kPanel];
-      Product<T> product;
-      product(slice_h + k0 * slice_words, slice_words, slice_g + n0 * slice_words, (stop - start) * panel_words, rows, c);
+      if (of_input) {
+        Product<T>()(a + k0 * words, words, packed + panel * words * kPanel, words, rows, c);
+        for (int64_t r = 0; r < rows; ++r) {
+          Store(c + r * kPanel, gh + (k0 + r) * examples + (start + panel) * kPanel);
+        }
+        return;
+      }
+      const int64_t n0 = panel * kPanel, columns = std::min(kPanel, n - n0);
+      Product<T>()(slice_h + k0 * slice_words, slice_words, slice_g + n0 * slice_words, slice * panel_words, rows, c);
       for (int64_t r = 0; r < rows; ++r) {
         float* out = gkernel + (k0 + r) * n + n0;
         if (start == 0) {

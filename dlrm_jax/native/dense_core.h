@@ -129,8 +129,8 @@ inline void Moments(const float* row, const float* weight, float* sum, float* sq
 
 // g <- gradient before the ReLU where y is above 0: gy and, through the moments, weight * (gsum + y * gsquare2).
 // Returns the sum of g, before it is rounded.
-template <typename T>
-float ReluGradient(const T* gy, const T* y, const float* weight, float gsum, float gsquare2, bool moments, T* g) {
+template <typename T, bool WithMoments>
+float ReluGradient(const T* gy, const T* y, const float* weight, float gsum, float gsquare2, T* g) {
   alignas(64) float gradient[64], active[64];
   Load(gy, gradient);
   Load(y, active);
@@ -138,7 +138,7 @@ float ReluGradient(const T* gy, const T* y, const float* weight, float gsum, flo
   for (int i = 0; i < 64; i += 16) {
     Vector x = LoadVector(gradient + i);
     const Vector a = LoadVector(active + i);
-    if (moments) x += LoadVector(weight + i) * (gsum + a * gsquare2);
+    if constexpr (WithMoments) x += LoadVector(weight + i) * (gsum + a * gsquare2);
     x = a > 0 ? x : Vector{};
     StoreVector(x, gradient + i);
     total += x;
