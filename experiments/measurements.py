@@ -81,6 +81,7 @@ def train(
   from dlrm_jax import main
 
   main.set_threads(fields.get('intra', 0))
+  main.keep_freed_memory()
   from dlrm_jax import sources
   from dlrm_jax.program import make_program
   from dlrm_jax.state import init_state

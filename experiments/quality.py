@@ -11,6 +11,7 @@ that of the whole process: for dlrm_jax with the checkpoint, for the twin with p
 """
 
 import argparse
+import functools
 import shutil
 import statistics
 import sys
@@ -20,8 +21,8 @@ from typing import Any
 
 from experiments import common
 
-SYSTEMS = ('dlrm_jax f32', 'dlrm_jax bf16', 'PyTorch f32')
-TWIN = SYSTEMS[2]
+SYSTEMS = {'dlrm_jax f32': 'base', 'dlrm_jax bf16': 'bf16', 'dlrm_jax bf16, tables too': 'bf16_tables'}
+TWIN = 'PyTorch f32'
 METRICS = ('auc', 'log_loss')
 Result = dict[str, float]
 
@@ -85,10 +86,8 @@ def measure(args: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], str
   rows = common.in_process(common.export, spec, args.steps or sys.maxsize, arrays)
   epoch = -(-rows // args.batch_size)
   steps = min(args.steps or epoch, epoch)
-  runs = {
-    'dlrm_jax f32': lambda seed: train_dlrm_jax(args, 'base', seed, steps, output),
-    'dlrm_jax bf16': lambda seed: train_dlrm_jax(args, 'bf16', seed, steps, output),
-  }
+  ours = functools.partial(train_dlrm_jax, args, steps=steps, output=output)
+  runs = {name: functools.partial(ours, config) for name, config in SYSTEMS.items()}
   try:
     torch = common.install(common.TWIN)
     runs[TWIN] = lambda seed: train_twin(args, seed, arrays)

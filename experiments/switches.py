@@ -3,7 +3,7 @@
 Training from the CSV (see measurements.py) with one switch changed, beside the same repetition's run with the defaults:
 samples/s, their ratio (median and range over the repetitions) and peak memory. The allocators are preloaded, jemalloc
 with the MALLOC_CONF of DeepRec's own script. One process at a time, each of which fills its own table: half a minute
-for each of ten rows and three repetitions. The machine must be idle.
+for each of twelve rows and three repetitions. The machine must be idle.
 """
 
 import argparse
@@ -42,6 +42,8 @@ def switches(batch_size: int) -> list[Switch]:
   return [
     Switch(DEFAULTS),
     Switch('native off', {'native': False}),
+    Switch('embedding.dtype bfloat16', {'embedding': {'dtype': 'bfloat16'}}),
+    Switch('data.cache on', {'data': {'cache': True}}),
     Switch('op_fusion off', {'op_fusion': False}),
     Switch('emb_fusion off', {'embedding': {'fusion': False}}),
     Switch('smartstaged off', {'smartstaged': False}),

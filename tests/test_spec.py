@@ -10,8 +10,8 @@ from configs import base
 from dlrm_jax import spec as specs
 
 EXPERIMENTS = [
-  'adagrad', 'adagraddecay', 'adam', 'adamasync', 'base', 'baseline', 'bf16', 'deeprec', 'dot', 'gradientdescent',
-  'micro_batch', 'quickstart',
+  'adagrad', 'adagraddecay', 'adam', 'adamasync', 'base', 'baseline', 'bf16', 'bf16_tables', 'deeprec', 'dot',
+  'gradientdescent', 'micro_batch', 'quickstart',
 ]  # fmt: skip
 
 
