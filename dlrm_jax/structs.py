@@ -26,6 +26,18 @@ class Table:
 
 
 @struct.dataclass
+class Directory:
+  """Which id lives in which row of a table, how often and how lately it was seen (see embeddings/directory.py).
+
+  A row is free exactly when its frequency is 0; a free row is dead: nothing reads it, and claiming it writes its
+  initial value and slots.
+  """
+
+  entry: Array  # u32[pages, buckets, 4, ways]: of each row key low, key high, frequency, last step * 32 + feature
+  used: Array  # i32[], rows that are not free
+
+
+@struct.dataclass
 class TrainState:
   """All that training changes."""
 

@@ -1,0 +1,37 @@
+"""Adaptive embedding: an id has a row of its own from its n-th sighting on (that is `admission.counter`), and before
+that it shares a row of a static table. Its own row starts from the shared one."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int32
+
+from dlrm_jax.native.rows import XLA, RowKernels
+
+
+def shared_rows(
+  row: Int32[Array, '...'], rows: int, hash_row: Int32[Array, '...'], hash_rows: int
+) -> Int32[Array, '...']:
+  """Rows in the shared table of the lookups that have none of their own; "no row" for the others.
+
+  So each lookup has a row in at most one of the tables, and as no row reads as zero, its vector is the sum of both.
+
+  Args:
+    row: of the dynamic table; `rows` or more: no row.
+    rows: of the dynamic table.
+    hash_row: of the shared table, for all lookups; padding has no row there either.
+    hash_rows: of the shared table.
+  """
+  return jnp.where(row < rows, hash_rows, hash_row)
+
+
+def initial_from(
+  value: Float[Array, 'hash_rows D'], hash_row: Int32[Array, 'N'], kernels: RowKernels = XLA
+) -> Callable[[Int32[Array, 'K']], Float[Array, 'K D']]:
+  """`initial` of `dynamic.start_rows`: the shared row of each lane."""
+
+  def initial(lane: Int32[Array, 'K']) -> Float[Array, 'K D']:
+    return kernels.read(value, hash_row.at[lane].get(mode='fill', fill_value=value.shape[0]))
+
+  return initial
