@@ -26,9 +26,8 @@ def main(argv: list[str]) -> int:
     spec = specs.from_config(parse(argv))
   except specs.SpecError as error:
     return fail(error, 2)
-  set_threads(spec.intra)
-  keep_freed_memory()
-  # Only now, with the threads set, may JAX start.
+  prepare_process(spec.intra)
+  # Only now may JAX start.
   from dlrm_jax import train
   from dlrm_jax.checkpoint.full import CheckpointError
   from dlrm_jax.data.schema import DataError
@@ -84,6 +83,12 @@ def overrides(argv: list[str]) -> Iterator[tuple[str, str | None]]:
       if value is None and specs.field_type(name) is not bool:
         value = next(words, '')
       yield name, value
+
+
+def prepare_process(threads: int) -> None:
+  """All that must be set before JAX starts: the threads of XLA (0: one per core), and what becomes of freed memory."""
+  set_threads(threads)
+  keep_freed_memory()
 
 
 def set_threads(count: int) -> None:

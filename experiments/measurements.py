@@ -80,8 +80,7 @@ def train(
   fields = {'no_eval': True, **(fields or {})}
   from dlrm_jax import main
 
-  main.set_threads(fields.get('intra', 0))
-  main.keep_freed_memory()
+  main.prepare_process(fields.get('intra', 0))
   from dlrm_jax import sources
   from dlrm_jax.program import make_program
   from dlrm_jax.state import init_state

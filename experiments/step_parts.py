@@ -168,6 +168,9 @@ def measure(
   seconds: float = 0.4,
 ) -> dict[str, Parts]:
   """Parts by batch size, with one table; runs in a process of its own."""
+  from dlrm_jax import main
+
+  main.prepare_process(threads=0)
   from dlrm_jax import sources
   from dlrm_jax.program import make_program
   from dlrm_jax.state import init_state

@@ -10,7 +10,7 @@ from jaxtyping import install_import_hook
 # Not structs.py, since trees of shapes have its types too, nor spec.py, which checks the values of users itself.
 CHECKED = [
   'dlrm_jax.embeddings', 'dlrm_jax.evaluate', 'dlrm_jax.metrics', 'dlrm_jax.model', 'dlrm_jax.optim',
-  'dlrm_jax.program', 'dlrm_jax.state', 'dlrm_jax.step', 'dlrm_jax.data', 'dlrm_jax.native',
+  'dlrm_jax.program', 'dlrm_jax.state', 'dlrm_jax.step', 'dlrm_jax.data', 'dlrm_jax.native', 'dlrm_jax.words',
 ]  # fmt: skip
 install_import_hook(CHECKED, 'beartype.beartype')
 jax.config.update('jax_numpy_rank_promotion', 'raise')

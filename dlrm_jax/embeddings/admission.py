@@ -28,9 +28,9 @@ from dlrm_jax.embeddings.directory import (
   rows_of,
   set_frequency,
 )
-from dlrm_jax.native.bloom import scale
 from dlrm_jax.native.directory import XLA, DirectoryKernels
 from dlrm_jax.structs import Directory
+from dlrm_jax.words import scale
 
 CHUNK = 1024  # new ids that are handled at once
 COUNTERS = {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32}

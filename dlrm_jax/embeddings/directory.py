@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Int32, UInt32
 
-from dlrm_jax.native.bloom import scale
 from dlrm_jax.native.directory import FEATURES, FREQUENCY, HIGH, LOW, STAMP, XLA, DirectoryKernels
 from dlrm_jax.structs import Directory
+from dlrm_jax.words import mix, scale
 
 WAYS, BUCKETS, CANDIDATES = 8, 64, 4
 PAGE_ROWS = WAYS * BUCKETS
@@ -112,16 +112,9 @@ def _places(directory: Directory, ids: Ids, wanted: Bool[Array, 'N'], shard: Sha
 
 def hash_words(ids: Ids) -> tuple[Array, Array]:
   """Two words that depend on all of an id."""
-  first = _mix(ids.key[..., 0] + (ids.feature + 1) * jnp.uint32(0x9E3779B9))
-  second = _mix(ids.key[..., 1] ^ first)
-  return second, _mix(first + second * jnp.uint32(0x85EBCA6B))
-
-
-def _mix(x: Array) -> Array:
-  """The finaliser of MurmurHash3, a bijection of 32-bit words in which every bit reaches every bit."""
-  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-  return x ^ (x >> 16)
+  first = mix(ids.key[..., 0] + (ids.feature + 1) * jnp.uint32(0x9E3779B9))
+  second = mix(ids.key[..., 1] ^ first)
+  return second, mix(first + second * jnp.uint32(0x85EBCA6B))
 
 
 class Entries(NamedTuple):

@@ -1,6 +1,7 @@
 """First values of the rows of embedding variables."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jaxtyping import Float, Int32
 
 from dlrm_jax.embeddings.directory import Ids
 from dlrm_jax.native.rows import XLA, RowKernels
+from dlrm_jax.optim.rowwise import init_slots, join, split
 from dlrm_jax.structs import Table
 
 CHUNK = 1024  # rows that are begun at once
@@ -19,7 +21,7 @@ CHUNK = 1024  # rows that are begun at once
 def make_table(rows: int, dim: int, tx: optax.GradientTransformation) -> Table:
   """The table of an empty directory. Its rows are dead until they are claimed, so they may as well be zero."""
   value = jnp.zeros((rows, dim))
-  return Table(value=value, slots=tx.init(value), scratch=jnp.zeros(rows, jnp.int32))
+  return Table(value=value, slots=init_slots(tx, value), scratch=jnp.zeros(rows, jnp.int32))
 
 
 def initial_vectors(seed: int, ids: Ids, dim: int) -> Float[Array, 'N D']:
@@ -57,18 +59,16 @@ def start_rows(
     kernels: what writes rows.
   """
   lanes = jnp.pad(fresh, (0, -len(fresh) % CHUNK), constant_values=len(row))
-  per_row = lambda leaf: leaf if leaf.ndim else None  # slots that a whole table shares go on
+  per_row, shared = split((table.value, table.slots))  # slots that a whole table shares go on
 
-  def start(i: Array, leaves: tuple) -> tuple:
+  def start(i: Array, per_row: Any) -> Any:
     lane = jax.lax.dynamic_slice_in_dim(lanes, i * CHUNK, CHUNK)
     vectors = initial(lane)
-    new = (vectors, jax.tree.map(per_row, tx.init(vectors)))
+    new, _ = split((vectors, tx.init(vectors)))
     at = row.at[lane].get(mode='fill', fill_value=table.value.shape[0])
-    return kernels.write(leaves, at, new)
+    return kernels.write(per_row, at, new)
 
-  leaves = (table.value, jax.tree.map(per_row, table.slots))
-  value, slots = jax.lax.fori_loop(0, (count + CHUNK - 1) // CHUNK, start, leaves)
-  slots = jax.tree.map(lambda old, new: old if new is None else new, table.slots, slots)
+  value, slots = join(jax.lax.fori_loop(0, (count + CHUNK - 1) // CHUNK, start, per_row), shared)
   return table.replace(value=value, slots=slots)
 
 

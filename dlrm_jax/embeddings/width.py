@@ -14,6 +14,7 @@ from jax import Array
 from jaxtyping import Float, Int32
 
 from dlrm_jax.embeddings.directory import entries, frequency, rows_of
+from dlrm_jax.native.rows import xla_read
 from dlrm_jax.structs import Directory
 
 BETA = 0.9
@@ -69,8 +70,7 @@ def blocks_of(directory: Directory, widths: Widths, row: Int32[Array, 'N']) -> I
 
   Within a period an id may gain blocks, by what it has been seen in it already, but loses none.
   """
-  at = {'mode': 'fill', 'fill_value': 0, 'wrap_negative_indices': False}
-  mean, counted = widths.mean.at[row].get(**at), widths.counted.at[row].get(**at)
+  mean, counted = xla_read((widths.mean, widths.counted), row)
   now = BETA * mean + (1 - BETA) * (frequency(directory, row) - counted).astype(jnp.float32)
   before = mean / jnp.maximum(1 - BETA**widths.periods, 1 - BETA)  # in no period: 0
   mean = jnp.maximum(before, now / (1 - BETA ** (widths.periods + 1)))

@@ -15,17 +15,11 @@ import numpy as np
 from jax import Array
 from jaxtyping import Int32, UInt, UInt32
 
+from dlrm_jax.words import scale
+
 Add = Callable[[Array, Array, Array, int, int], tuple[Array, Array]]
 Added = tuple[UInt[Array, 'regions size'], UInt32[Array, 'N']]
 CHUNK = 1024  # lanes added at once, or as many as cannot make a small counter wrap
-
-
-def scale(word: UInt32[Array, '...'], size: int) -> UInt32[Array, '...']:
-  """word * size / 2**32, which is below `size`: in halves, since JAX has no 64-bit words by default."""
-  low, high, small, large = word & 0xFFFF, word >> 16, size & 0xFFFF, size >> 16
-  middle = high * jnp.uint32(small) + (low * jnp.uint32(small) >> 16)
-  carry = low * jnp.uint32(large) + (middle & 0xFFFF)
-  return high * jnp.uint32(large) + (middle >> 16) + (carry >> 16)
 
 
 def xla_add(

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt16, UInt32
 
+from dlrm_jax.words import mix
+
 QUIET_NAN = 0x7FC0
 
 
@@ -55,13 +57,6 @@ def _at_random(value: Float[Array, 'K ...'], draw: UInt32[Array, 'K ...']) -> UI
 def noise(row: Int32[Array, 'K'], shape: tuple[int, ...], step: Int32[Array, ''], salt: int) -> UInt32[Array, 'K ...']:
   """Random bits [K, *shape]: a hash, since a counter-based generator of JAX's costs more than the whole update."""
   place = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
-  seed = _mix(step.astype(jnp.uint32) * jnp.uint32(0x9E3779B9) + jnp.uint32(salt))
-  lanes = _mix(row.astype(jnp.uint32) + seed).reshape(-1, *(1 for _ in shape))
-  return _mix(lanes + place[None] * jnp.uint32(0x85EBCA6B))
-
-
-def _mix(x: UInt32[Array, '...']) -> UInt32[Array, '...']:
-  # The finalizer of MurmurHash3.
-  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
-  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
-  return x ^ (x >> 16)
+  seed = mix(step.astype(jnp.uint32) * jnp.uint32(0x9E3779B9) + jnp.uint32(salt))
+  lanes = mix(row.astype(jnp.uint32) + seed).reshape(-1, *(1 for _ in shape))
+  return mix(lanes + place[None] * jnp.uint32(0x85EBCA6B))

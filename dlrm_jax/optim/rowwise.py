@@ -57,29 +57,29 @@ def update_distinct(
   starts from, where the table is stored as bits.
   """
   size = min(CHUNK, row.shape[0])
-  tables, shared = _split((value, slots))
+  tables, shared = split((value, slots))
 
   def update_chunk(i: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
     tables, _ = carry
     lane_row = jax.lax.dynamic_slice_in_dim(row, i * size, size)
     lane_grad = jax.lax.dynamic_slice_in_dim(grad, i * size, size)
     # Every chunk starts from the shared slots of the last step, so however many chunks there are, they advance once.
-    old_value, old_slots = _join(bits.widen(kernels.read(tables, lane_row)), shared)
+    old_value, old_slots = join(bits.widen(kernels.read(tables, lane_row)), shared)
     updates, new_slots = tx.update(lane_grad + l2 * old_value, old_slots, old_value)
-    new, new_shared = _split((optax.apply_updates(old_value, updates), new_slots))
+    new, new_shared = split((optax.apply_updates(old_value, updates), new_slots))
     new = bits.narrow(new, tables, lane_row, jnp.asarray(step, jnp.int32))
     return kernels.write(tables, lane_row, new), new_shared
 
   chunks = jnp.maximum(1, (count + size - 1) // size)  # at least one, for the shared slots
-  return _join(*jax.lax.fori_loop(0, chunks, update_chunk, (tables, shared)))
+  return join(*jax.lax.fori_loop(0, chunks, update_chunk, (tables, shared)))
 
 
-def _split(tree: Any) -> tuple[Any, Any]:
+def split(tree: Any) -> tuple[Any, Any]:
   """Two trees like `tree`: of the leaves that are per row, and of those that are shared; None stands for the others."""
   per_row = jax.tree.map(lambda leaf: leaf if leaf.ndim else None, tree)
   return per_row, jax.tree.map(lambda leaf: None if leaf.ndim else leaf, tree)
 
 
-def _join(per_row: Any, shared: Any) -> Any:
-  """What `_split` split."""
+def join(per_row: Any, shared: Any) -> Any:
+  """What `split` took apart."""
   return jax.tree.map(lambda a, b: b if a is None else a, per_row, shared, is_leaf=lambda leaf: leaf is None)

@@ -123,8 +123,13 @@ def test_bits_do_not_depend_on_threads():
   assert digests(1) == digests(2) == digests(5)
 
 
-# The other ways to multiply, which this processor may lack: the tiles of AMX are emulated, plain vectors run anywhere.
-OTHERS = {'amx': '#define DLRM_EMULATE_AMX\n', 'plain': '#undef __AVX512BF16__\n#undef __AVX512F__\n'}
+# The other ways to multiply, which this processor may lack or leave alone: the tiles of AMX are emulated, plain vectors
+# run anywhere.
+OTHERS = {
+  'amx': '#define DLRM_EMULATE_AMX\n',
+  'without tiles': '#undef __AMX_BF16__\n',
+  'plain': '#undef __AMX_BF16__\n#undef __AVX512BF16__\n#undef __AVX512F__\n',
+}
 COMPARE = """
 import sys
 sys.path.insert(0, sys.argv[1])

@@ -3,10 +3,10 @@
 import itertools
 
 import torch
+from shared import COLUMNS, DENSE, DIM
 from torch import nn
 from torch.nn import functional as F
 
-DENSE, COLUMNS, DIM = 13, 26, 16
 BOTTOM, TOP = (512, 256, 64, DIM), (512, 256)
 MOMENTUM, EPSILON = 0.99, 1e-3
 

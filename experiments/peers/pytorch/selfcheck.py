@@ -119,7 +119,7 @@ def forward(interaction: str) -> float:
 
 def auc_brute_force() -> float:
   """Exact AUC against all pairs, with many ties."""
-  from twin import auc
+  from shared import auc
 
   rng = np.random.default_rng(4)
   label, score = (rng.random(500) < 0.3).astype(np.float32), rng.integers(0, 40, 500).astype(np.float32)

@@ -7,11 +7,8 @@ folder of arrays in the order given and evaluates, `--mode selfcheck` compares e
 import argparse
 import contextlib
 import ctypes
-import json
 import os
 import platform
-import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,18 +16,15 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 # Rows are read at random: huge pages spare most page walks. PyTorch reads this before its first tensor.
 os.environ.setdefault('THP_MEM_ALLOC_ENABLE', '1')
 import torch
-from model import COLUMNS, DENSE, DIM, Dlrm
+from model import Dlrm
+from shared import COLUMNS, DENSE, DIM, auc, check_buckets, log_loss, of_rates, report, sizes, synthetic
 from tables import SLOTS, TABLES, DenseOptimizer, Table, fill_truncated_normal
 from torch.nn import functional as F
 
-# C1..C26: DeepRec's modelzoo/DLRM/train.py sizes with C13 and C15, which are misaligned there, swapped.
-BUCKETS = (
-  *(2500, 2000, 5000000, 1500000, 1000, 100, 20000, 4000, 20, 100000, 10000, 5000000, 100),
-  *(100, 40000, 3000000, 50, 10000, 4000, 20, 4000000, 100, 100, 250000, 400, 100000),
-)
 EVAL_BATCH = 8192
 WARM_UP_STEPS = 20
 Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # label f32[B], dense f32[B, 13], row i64[B, 26]
@@ -89,10 +83,7 @@ class Arrays:
     rows = len(self.label)
     if self.dense.shape != (rows, DENSE) or self.bucket.shape != (rows, COLUMNS):
       raise SystemExit(f'{folder}: {split} has {rows} labels, dense {self.dense.shape}, bucket {self.bucket.shape}')
-    # A bucket past its column's end would silently be another column's row.
-    top = np.max([self.bucket[start : start + 65536].max(0) for start in range(0, rows, 65536)], 0)
-    for column in np.flatnonzero(top >= np.asarray(buckets)):
-      raise SystemExit(f'{folder}: {split} C{column + 1} has bucket {top[column]} of {buckets[column]}; see --buckets')
+    check_buckets(f'{folder}: {split}', self.bucket, buckets)
 
   def batches(self, size: int, twin: Twin) -> Iterator[Batch]:
     """Batches in the order of the file, the last one smaller."""
@@ -100,32 +91,6 @@ class Arrays:
       part = slice(start, start + size)
       label, dense = (torch.from_numpy(np.array(array[part])) for array in (self.label, self.dense))
       yield label, dense, twin.rows(self.bucket[part])
-
-
-def synthetic(rows: int, buckets: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Label, dense and bucket of `rows` examples; buckets are Zipf-like (log-uniform ranks, spread over the column)."""
-  rng = np.random.default_rng(seed)
-  sizes = np.asarray(buckets)
-  rank = np.exp(rng.random((rows, COLUMNS)) * np.log(sizes + 1)).astype(np.int64) - 1
-  label = (rng.random(rows) < 0.256).astype(np.float32)
-  return label, rng.standard_normal((rows, DENSE), np.float32), (rank * 2654435761 % sizes).astype(np.uint32)
-
-
-def auc(label: np.ndarray, score: np.ndarray) -> float:
-  """Exact area under the ROC curve of `[N]`: the rank sum of the positives, ties by mid-ranks; NaN for one class."""
-  _, inverse, count = np.unique(score, return_inverse=True, return_counts=True)
-  rank = (np.cumsum(count) - (count - 1) / 2)[inverse]
-  positives = int((label > 0.5).sum())
-  negatives = len(label) - positives
-  if not positives or not negatives:
-    return float('nan')
-  return float((rank[label > 0.5].sum() - positives * (positives + 1) / 2) / (positives * negatives))
-
-
-def log_loss(label: np.ndarray, logit: np.ndarray) -> float:
-  """Mean binary cross entropy in float64."""
-  logit = logit.astype(np.float64)
-  return float(np.mean(np.logaddexp(0, logit) - label * logit))
 
 
 def speed(args: argparse.Namespace, buckets: tuple[int, ...]) -> dict[str, object]:
@@ -151,12 +116,7 @@ def speed(args: argparse.Namespace, buckets: tuple[int, ...]) -> dict[str, objec
       place += 1
     if repetition:
       rates.append(steps * args.batch_size / (time.perf_counter() - start))
-  return {
-    'samples_per_second': round(statistics.median(rates), 1),
-    'min': round(min(rates), 1),
-    'max': round(max(rates), 1),
-    'repetitions': args.repetitions,
-  }
+  return of_rates(rates)
 
 
 def quality(args: argparse.Namespace, buckets: tuple[int, ...]) -> dict[str, object]:
@@ -237,7 +197,7 @@ def main(
   args = arguments(argv, tables, optimizers)
   torch.set_num_threads(args.threads)
   keep_freed_memory()
-  buckets = (args.buckets,) * COLUMNS if args.buckets else BUCKETS
+  buckets = sizes(args.buckets)
   about = {
     'mode': args.mode,
     'batch_size': args.batch_size,
@@ -252,8 +212,7 @@ def main(
     'torch': torch.__version__,
   }
   result = check() if args.mode == 'selfcheck' else {'speed': speed, 'quality': quality}[args.mode](args, buckets)
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-  print(json.dumps({**result, **about, 'peak_rss_bytes': peak}))
+  report(result, about)
 
 
 if __name__ == '__main__':

@@ -7,10 +7,7 @@ order and evaluates. Runs on Python 3.7.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import resource
-import statistics
 import sys
 import time
 
@@ -21,27 +18,18 @@ if sys.version_info[:2] != (3, 7):
 
 import warnings
 
+sys.path.insert(1, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 warnings.filterwarnings('ignore', category=FutureWarning)
 import numpy as np
 import tensorflow as tf
+from shared import auc, of_rates, report, sizes
 
 import seed_program
 
 tf.compat.v1.logging.set_verbosity(tf.compat.v1.logging.ERROR)
 SHUFFLE_SEED = 2021
 WARM_UP_STEPS = 40
-
-
-def auc(label: np.ndarray, score: np.ndarray) -> float:
-  """Exact area under the ROC curve of `[N]`: the rank sum of the positives, ties by mid-ranks; NaN for one class."""
-  _, inverse, count = np.unique(score, return_inverse=True, return_counts=True)
-  rank = (np.cumsum(count) - (count - 1) / 2)[inverse]
-  positives = int((label > 0.5).sum())
-  negatives = len(label) - positives
-  if not positives or not negatives:
-    return float('nan')
-  return float((rank[label > 0.5].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
 def log_loss(label: np.ndarray, probability: np.ndarray) -> float:
@@ -71,12 +59,7 @@ def speed(args: argparse.Namespace, buckets: tuple[int, ...]) -> dict[str, objec
         session.run([train, loss])
       if repetition:
         rates.append(steps * args.batch_size / (time.perf_counter() - start))
-  return {
-    'samples_per_second': round(statistics.median(rates), 1),
-    'min': round(min(rates), 1),
-    'max': round(max(rates), 1),
-    'repetitions': args.repetitions,
-  }
+  return of_rates(rates)
 
 
 def quality(args: argparse.Namespace, buckets: tuple[int, ...]) -> dict[str, object]:
@@ -161,7 +144,7 @@ def check(args: argparse.Namespace) -> None:
 def main(argv: list[str]) -> None:
   """Runs one mode and prints its line of JSON."""
   args = arguments(argv)
-  buckets = (args.buckets,) * len(seed_program.CATEGORIES) if args.buckets else seed_program.BUCKETS
+  buckets = sizes(args.buckets)
   tf.set_random_seed(args.seed)
   result = MODES[args.mode](args, buckets)
   about = {
@@ -177,8 +160,7 @@ def main(argv: list[str]) -> None:
     'seed': args.seed,
     'tensorflow': tf.__version__,
   }
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-  print(json.dumps({**result, **about, 'peak_rss_bytes': peak}))
+  report(result, about)
 
 
 if __name__ == '__main__':

@@ -6,19 +6,14 @@ Written anew from a description of that program; the faults that it describes ar
 from __future__ import annotations
 
 import tensorflow as tf
+from shared import DIM
 
 LABEL = 'clicked'
 INTEGERS = [f'I{i}' for i in range(1, 14)]
 CATEGORIES = [f'C{i}' for i in range(1, 27)]
-DIM = 16
 BOTTOM, TOP = (512, 256, 64, DIM), (512, 256)
 SHUFFLE_LINES, DECODE_CALLS, PREFETCH_BATCHES = 20000, 28, 2
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
-# C1..C26 of the seed's per-column table with C13 and C15, which are misaligned there, swapped, as all systems here.
-BUCKETS = (
-  *(2500, 2000, 5000000, 1500000, 1000, 100, 20000, 4000, 20, 100000, 10000, 5000000, 100),
-  *(100, 40000, 3000000, 50, 10000, 4000, 20, 4000000, 100, 100, 250000, 400, 100000),
-)
 
 
 def decode(lines: tf.Tensor) -> tuple[dict[str, tf.Tensor], tf.Tensor]:

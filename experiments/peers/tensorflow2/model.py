@@ -4,9 +4,8 @@ import itertools
 
 import numpy as np
 import tensorflow as tf
-from reading import COLUMNS, DENSE
+from shared import COLUMNS, DENSE, DIM
 
-DIM = 16
 BOTTOM, TOP = (512, 256, 64, DIM), (512, 256)
 MOMENTUM, NORM_EPSILON = 0.99, 1e-3
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8

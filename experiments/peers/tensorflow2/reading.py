@@ -4,14 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
+from shared import COLUMNS, DENSE, check_buckets, synthetic
 
-DENSE, COLUMNS = 13, 26
 PREFETCH = 4
-# C1..C26: DeepRec's modelzoo/DLRM/train.py sizes with C13 and C15, which are misaligned there, swapped.
-BUCKETS = (
-  *(2500, 2000, 5000000, 1500000, 1000, 100, 20000, 4000, 20, 100000, 10000, 5000000, 100),
-  *(100, 40000, 3000000, 50, 10000, 4000, 20, 4000000, 100, 100, 250000, 400, 100000),
-)
 READ_BYTES = 4 << 20
 # A missing integer is 0 (as after the transform), a missing category the id of one space, as in the seed's program.
 DEFAULTS = [[0.0]] * (1 + DENSE) + [[' ']] * COLUMNS
@@ -74,19 +69,5 @@ class Memory:
       return synthetic(self.pool, self.buckets, self.seed)
     names = ('label', 'dense', 'bucket')
     label, dense, bucket = (np.load(self.folder / f'{split}_{n}.npy', mmap_mode='r')[:rows] for n in names)
-    # A bucket past its column's end would silently be another column's row.
-    for column in np.flatnonzero(bucket.max(0) >= np.asarray(self.buckets)):
-      raise SystemExit(
-        f'error: {self.folder}: {split} C{column + 1} has bucket {bucket[:, column].max()} of '
-        f'{self.buckets[column]}; see --buckets'
-      )
+    check_buckets(f'{self.folder}: {split}', bucket, self.buckets)
     return np.array(label), np.array(dense), np.array(bucket)
-
-
-def synthetic(rows: int, buckets: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Label, dense and bucket of `rows` examples; buckets are Zipf-like (log-uniform ranks, spread over the column)."""
-  rng = np.random.default_rng(seed)
-  sizes = np.asarray(buckets)
-  rank = np.exp(rng.random((rows, COLUMNS)) * np.log(sizes + 1)).astype(np.int64) - 1
-  label = (rng.random(rows) < 0.256).astype(np.float32)
-  return label, rng.standard_normal((rows, DENSE), np.float32), (rank * 2654435761 % sizes).astype(np.uint32)

@@ -5,39 +5,21 @@ trains one epoch in file order and evaluates.
 """
 
 import argparse
-import json
 import os
-import resource
-import statistics
 import sys
 import time
 from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 import numpy as np
 import tensorflow as tf
 from model import Trainer
-from reading import BUCKETS, COLUMNS, Csv, Memory
+from reading import Csv, Memory
+from shared import auc, log_loss, of_rates, report, sizes
 
 EVAL_BATCH = 8192
 WARM_UP_STEPS = 40
-
-
-def auc(label: np.ndarray, score: np.ndarray) -> float:
-  """Exact area under the ROC curve of `[N]`: the rank sum of the positives, ties by mid-ranks; NaN for one class."""
-  _, inverse, count = np.unique(score, return_inverse=True, return_counts=True)
-  rank = (np.cumsum(count) - (count - 1) / 2)[inverse]
-  positives = int((label > 0.5).sum())
-  negatives = len(label) - positives
-  if not positives or not negatives:
-    return float('nan')
-  return float((rank[label > 0.5].sum() - positives * (positives + 1) / 2) / (positives * negatives))
-
-
-def log_loss(label: np.ndarray, logit: np.ndarray) -> float:
-  """Mean binary cross entropy in float64."""
-  logit = logit.astype(np.float64)
-  return float(np.mean(np.logaddexp(0, logit) - label * logit))
 
 
 def speed(args: argparse.Namespace, trainer: Trainer, source: Csv | Memory) -> dict[str, object]:
@@ -55,12 +37,7 @@ def speed(args: argparse.Namespace, trainer: Trainer, source: Csv | Memory) -> d
     start = time.perf_counter()
     run(tf.constant(steps))
     rates.append(steps * args.batch_size / (time.perf_counter() - start))
-  return {
-    'samples_per_second': round(statistics.median(rates), 1),
-    'min': round(min(rates), 1),
-    'max': round(max(rates), 1),
-    'repetitions': args.repetitions,
-  }
+  return of_rates(rates)
 
 
 def quality(args: argparse.Namespace, trainer: Trainer, source: Csv | Memory) -> dict[str, object]:
@@ -138,7 +115,7 @@ def main(argv: list[str]) -> None:
   args = arguments(argv)
   tf.config.threading.set_intra_op_parallelism_threads(args.threads)
   tf.config.threading.set_inter_op_parallelism_threads(args.threads)
-  buckets = (args.buckets,) * COLUMNS if args.buckets else BUCKETS
+  buckets = sizes(args.buckets)
   if args.source == 'csv':
     source = Csv(args.csv, buckets, args.threads)
   else:
@@ -158,8 +135,7 @@ def main(argv: list[str]) -> None:
     'seed': args.seed,
     'tensorflow': tf.__version__,
   }
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-  print(json.dumps({**result, **about, 'peak_rss_bytes': peak}))
+  report(result, about)
 
 
 if __name__ == '__main__':
