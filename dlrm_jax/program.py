@@ -9,10 +9,11 @@ import optax
 
 from dlrm_jax.embeddings.layout import TableLayout, static_layout
 from dlrm_jax.embeddings.update import UPDATES
+from dlrm_jax.model import layers
 from dlrm_jax.model.dlrm import DLRM
-from dlrm_jax.model.layers import native_layer, xla_layer
-from dlrm_jax.native import build
-from dlrm_jax.native.rows import NATIVE, XLA, RowKernels
+from dlrm_jax.native import build, rows
+from dlrm_jax.native.adam import native_moments, xla_moments
+from dlrm_jax.native.rows import RowKernels
 from dlrm_jax.optim import OPTIMIZERS, dense_transform
 from dlrm_jax.optim.schedules import LearningRate, schedule
 from dlrm_jax.spec import OptimizerSpec, Spec
@@ -37,14 +38,14 @@ def make_program(spec: Spec) -> Program:
   """The program of an experiment."""
   options, rate = spec.optimizer, learning_rate(spec.optimizer)
   make = OPTIMIZERS[options.name]
-  table_tx = make(rate, **OPTIONS[options.name](options))
-  # DeepRec has the RMSProp mode for table rows alone.
-  dense_tx = make(rate, **OPTIONS[options.name](dataclasses.replace(options, rmsprop=False)))
   native = build.choose(spec.native)
-  kernels = NATIVE if native.ready else XLA
+  kernels = rows.NATIVE if native.ready else rows.XLA
+  table_tx = make(rate, **OPTIONS[options.name](options, native.ready))
+  # DeepRec has the RMSProp mode for table rows alone.
+  dense_tx = make(rate, **OPTIONS[options.name](dataclasses.replace(options, rmsprop=False), native.ready))
   return Program(
     spec=spec,
-    model=DLRM(spec.model, native_layer if native.ready else xla_layer),
+    model=DLRM(spec.model, layers.NATIVE if native.ready else layers.XLA),
     layout=static_layout(spec.embedding),
     dense_tx=dense_transform(dense_tx, rate, options.weight_decay),
     table_tx=table_tx,
@@ -60,22 +61,23 @@ def learning_rate(spec: OptimizerSpec) -> LearningRate:
   return schedule(spec.decay, spec.learning_rate, spec.warmup_steps, spec.decay_steps, start, spec.final_factor)
 
 
-def _adam_options(spec: OptimizerSpec) -> dict[str, Any]:
-  return {'b1': spec.b1, 'b2': spec.b2, 'eps': spec.eps}
+def _adam_options(spec: OptimizerSpec, native: bool) -> dict[str, Any]:
+  moments = native_moments if native else xla_moments
+  return {'b1': spec.b1, 'b2': spec.b2, 'eps': spec.eps, 'moments': moments}
 
 
-def _adagrad_options(spec: OptimizerSpec) -> dict[str, Any]:
+def _adagrad_options(spec: OptimizerSpec, native: bool) -> dict[str, Any]:
   return {'initial_accumulator': spec.initial_accumulator}
 
 
-def _decay_options(spec: OptimizerSpec) -> dict[str, Any]:
+def _decay_options(spec: OptimizerSpec, native: bool) -> dict[str, Any]:
   return {'decay_steps': spec.accumulator_decay_steps, 'decay_rate': spec.accumulator_decay_rate}
 
 
 OPTIONS = {
   'adam': _adam_options,
-  'adamasync': lambda spec: _adam_options(spec) | {'rmsprop': spec.rmsprop},
-  'adagraddecay': lambda spec: _adagrad_options(spec) | _decay_options(spec),
+  'adamasync': lambda spec, native: _adam_options(spec, native) | {'rmsprop': spec.rmsprop},
+  'adagraddecay': lambda spec, native: _adagrad_options(spec, native) | _decay_options(spec, native),
   'adagrad': _adagrad_options,
-  'gradientdescent': lambda spec: {},
+  'gradientdescent': lambda spec, native: {},
 }
