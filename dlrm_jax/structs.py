@@ -14,6 +14,7 @@ class Batch:
   dense: Array  # f32[B, 13], transformed integers
   bucket: Array  # u32[B, 26], Fingerprint64(string) mod the column's buckets
   weight: Array  # f32[B], 0 for padding: every row of the data counts exactly once
+  key: Any = None  # u32[B, 26, 2], low and high half of Fingerprint64(string); None where tables are static
 
 
 @struct.dataclass
