@@ -39,6 +39,28 @@ class Directory:
 
 
 @struct.dataclass
+class Counts:
+  """What became of the lookups and ids of a directory since training began, modulo 2**32."""
+
+  lookups: Array  # u32[], of training
+  admitted: Array  # u32[], ids that got a row
+  refused: Array  # u32[], lookups of ids that were not yet admitted
+  unplaced: Array  # u32[], lookups of ids for which there was no place
+  evicted: Array  # u32[], ids that lost their row
+  asked: Array  # u32[2], lookups and unplaced when it was last asked whether it is time to grow
+
+
+@struct.dataclass
+class Vocabulary:
+  """All that a table of embedding variables knows of its ids."""
+
+  directory: Directory
+  filter: Any  # what admission remembers of ids that have no row
+  widths: Any  # embeddings.width.Widths; () where all vectors have their full width
+  counts: Counts
+
+
+@struct.dataclass
 class TrainState:
   """All that training changes."""
 
@@ -47,3 +69,4 @@ class TrainState:
   batch_stats: Any
   opt_state: Any
   tables: dict[str, Table]
+  known: dict[str, Vocabulary]  # of the tables of embedding variables; static ones have none
