@@ -11,8 +11,8 @@ from dlrm_jax import spec as specs
 from dlrm_jax.embeddings import directory
 
 EXPERIMENTS = [
-  'adagrad', 'adagraddecay', 'adam', 'adamasync', 'base', 'baseline', 'bf16', 'bf16_tables', 'deeprec', 'dot',
-  'gradientdescent', 'micro_batch', 'quickstart',
+  'adagrad', 'adagraddecay', 'adam', 'adamasync', 'adaptive', 'base', 'baseline', 'bf16', 'bf16_tables', 'bloom',
+  'counter', 'deeprec', 'dot', 'dynamic', 'expiring', 'gradientdescent', 'micro_batch', 'narrowing', 'quickstart',
 ]  # fmt: skip
 
 
