@@ -11,10 +11,11 @@ from dlrm_jax.embeddings.admission import ADMISSIONS
 from dlrm_jax.embeddings.kinds import KINDS, Static
 from dlrm_jax.embeddings.layout import TableLayout, static_layout
 from dlrm_jax.embeddings.update import UPDATES
+from dlrm_jax.model import layers
 from dlrm_jax.model.dlrm import DLRM
-from dlrm_jax.model.layers import native_layer, xla_layer
-from dlrm_jax.native import build, directory
-from dlrm_jax.native.rows import NATIVE, XLA, RowKernels
+from dlrm_jax.native import build, directory, rows
+from dlrm_jax.native.adam import native_moments, xla_moments
+from dlrm_jax.native.rows import RowKernels
 from dlrm_jax.optim import OPTIMIZERS, dense_transform
 from dlrm_jax.optim.schedules import LearningRate, schedule
 from dlrm_jax.spec import KEYED, OptimizerSpec, Spec
@@ -40,22 +41,22 @@ def make_program(spec: Spec) -> Program:
   """The program of an experiment."""
   options, rate = spec.optimizer, learning_rate(spec.optimizer)
   make = OPTIMIZERS[options.name]
-  table_tx = make(rate, **OPTIONS[options.name](options))
-  # DeepRec has the RMSProp mode for table rows alone.
-  dense_tx = make(rate, **OPTIONS[options.name](dataclasses.replace(options, rmsprop=False)))
   native = build.choose(spec.native)
-  kernels = NATIVE if native.ready else XLA
+  kernels = rows.NATIVE if native.ready else rows.XLA
+  table_tx = make(rate, **OPTIONS[options.name](options, native.ready))
+  # DeepRec has the RMSProp mode for table rows alone.
+  dense_tx = make(rate, **OPTIONS[options.name](dataclasses.replace(options, rmsprop=False), native.ready))
   layout = static_layout(spec.embedding)
   update_table = functools.partial(UPDATES[options.table_update], table_tx, l2=spec.embedding.l2, kernels=kernels)
   return Program(
     spec=spec,
-    model=DLRM(spec.model, native_layer if native.ready else xla_layer),
+    model=DLRM(spec.model, layers.NATIVE if native.ready else layers.XLA),
     layout=layout,
     dense_tx=dense_transform(dense_tx, rate, options.weight_decay),
     table_tx=table_tx,
     update_table=update_table,
     rows=kernels,
-    embeddings=embeddings_of(spec, layout, table_tx, update_table, native.ready),
+    embeddings=embeddings_of(spec, layout, table_tx, update_table, kernels, native.ready),
     native=native,
   )
 
@@ -65,11 +66,12 @@ def embeddings_of(
   layout: dict[str, TableLayout],
   tx: optax.GradientTransformation,
   update_table: Callable[..., Table],
+  row_kernels: RowKernels,
   native: bool,
 ) -> Static:
   """The kind of tables that a spec names."""
   embedding = spec.embedding
-  parts = embedding, layout, tx, update_table, NATIVE if native else XLA
+  parts = embedding, layout, tx, update_table, row_kernels
   if embedding.kind not in KEYED:
     return KINDS[embedding.kind](*parts)
   kernels = directory.NATIVE if native else directory.XLA
@@ -89,22 +91,23 @@ def learning_rate(spec: OptimizerSpec) -> LearningRate:
   return schedule(spec.decay, spec.learning_rate, spec.warmup_steps, spec.decay_steps, start, spec.final_factor)
 
 
-def _adam_options(spec: OptimizerSpec) -> dict[str, Any]:
-  return {'b1': spec.b1, 'b2': spec.b2, 'eps': spec.eps}
+def _adam_options(spec: OptimizerSpec, native: bool) -> dict[str, Any]:
+  moments = native_moments if native else xla_moments
+  return {'b1': spec.b1, 'b2': spec.b2, 'eps': spec.eps, 'moments': moments}
 
 
-def _adagrad_options(spec: OptimizerSpec) -> dict[str, Any]:
+def _adagrad_options(spec: OptimizerSpec, native: bool) -> dict[str, Any]:
   return {'initial_accumulator': spec.initial_accumulator}
 
 
-def _decay_options(spec: OptimizerSpec) -> dict[str, Any]:
+def _decay_options(spec: OptimizerSpec, native: bool) -> dict[str, Any]:
   return {'decay_steps': spec.accumulator_decay_steps, 'decay_rate': spec.accumulator_decay_rate}
 
 
 OPTIONS = {
   'adam': _adam_options,
-  'adamasync': lambda spec: _adam_options(spec) | {'rmsprop': spec.rmsprop},
-  'adagraddecay': lambda spec: _adagrad_options(spec) | _decay_options(spec),
+  'adamasync': lambda spec, native: _adam_options(spec, native) | {'rmsprop': spec.rmsprop},
+  'adagraddecay': lambda spec, native: _adagrad_options(spec, native) | _decay_options(spec, native),
   'adagrad': _adagrad_options,
-  'gradientdescent': lambda spec: {},
+  'gradientdescent': lambda spec, native: {},
 }

@@ -64,7 +64,7 @@ def of_step(program: Any, state: Any, batches: Sequence[Any], seconds: float) ->
 
   def optimize(gradient: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
     updates, opt_state = program.dense_tx.update(gradient, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state
+    return opt_state, optax.apply_updates(params, updates)  # in the order that they are donated in, or XLA copies them
 
   optimize = jax.jit(optimize, donate_argnums=(1, 2))
   update = jax.jit(
@@ -75,11 +75,10 @@ def of_step(program: Any, state: Any, batches: Sequence[Any], seconds: float) ->
   pairs = list(zip(vectors, batches, strict=True))
   _, (dense_gradient, gradient), _ = both(network, *pairs[0])
   rows = [tables.resolve(layout, batch.bucket, batch.weight) for batch in batches]
-  held = {'dense': jax.tree.map(jax.numpy.copy, (state.params, state.opt_state)), 'tables': state.tables}
+  held = {'dense': jax.tree.map(jax.numpy.copy, (state.opt_state, state.params)), 'tables': state.tables}
 
   def optimize_held(_: Any) -> Any:
-    params, opt_state = held['dense']
-    held['dense'] = optimize(dense_gradient, opt_state, params)
+    held['dense'] = optimize(dense_gradient, *held['dense'])
     return held['dense']
 
   def update_held(row: Any) -> Any:

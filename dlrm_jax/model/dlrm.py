@@ -10,7 +10,7 @@ from jax import Array
 from jaxtyping import Float
 
 from dlrm_jax.model.interaction import INTERACTIONS
-from dlrm_jax.model.layers import Layer, xla_layer
+from dlrm_jax.model.layers import XLA, LayerKernels
 from dlrm_jax.model.mlp import MLP
 from dlrm_jax.spec import ModelSpec
 
@@ -19,12 +19,12 @@ class DLRM(nn.Module):
   """In two halves, since only the first couples the examples of a batch (by its batch statistics)."""
 
   spec: ModelSpec
-  layer: Layer = xla_layer
+  kernels: LayerKernels = XLA
 
   def setup(self) -> None:
     dtype = jnp.dtype(self.spec.dtype)
-    self.bottom_mlp = MLP(self.spec.bottom_mlp, self.spec.batch_norm, dtype, self.layer)
-    self.top_mlp = MLP(self.spec.top_mlp, dtype=dtype, layer=self.layer)
+    self.bottom_mlp = MLP(self.spec.bottom_mlp, self.spec.batch_norm, dtype, self.kernels.layer)
+    self.top_mlp = MLP(self.spec.top_mlp, dtype=dtype, layer=self.kernels.layer)
     self.logit_kernel = self.param('logit_kernel', nn.initializers.glorot_uniform(), (self.spec.top_mlp[-1], 1))
     self.logit_bias = self.param('logit_bias', nn.initializers.zeros, ())
 
@@ -34,7 +34,7 @@ class DLRM(nn.Module):
 
   def top(self, bottom: Float[Array, 'K B'], vectors: Float[Array, 'B F D']) -> Float[Array, 'B']:
     """Logits. The last layer is float32 whatever the dtype of the MLPs."""
-    z = INTERACTIONS[self.spec.interaction](bottom, vectors)
+    z = INTERACTIONS[self.spec.interaction](bottom, vectors, self.kernels.transpose, jnp.dtype(self.spec.dtype))
     h = self.top_mlp(z, jnp.ones(z.shape[1]), train=False)
     return self.logit_kernel[:, 0] @ h + self.logit_bias
 

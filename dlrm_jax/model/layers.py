@@ -5,6 +5,7 @@ With the layer come its moments, the sums of weight * y and weight * y^2 over th
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,15 @@ PANEL = 64  # the examples of a call of the kernel are a multiple of this
 # Either form: (kernel, bias, h, weight, dtype, moments) -> (activations [N, B], their moments). The operands of the
 # products are rounded to `dtype`, sums are float32. Without `moments`, what comes in their place means nothing.
 Layer = Callable[[Array, Array, Array, Array, DTypeLike, bool], tuple[Array, Moments]]
+# Either form: (f32[R, C], dtype) -> [C, R] in float32, or already in `dtype`, to which the next product will round it.
+Transpose = Callable[[Array, DTypeLike], Array]
+
+
+class LayerKernels(NamedTuple):
+  """Either form of what the network is made of."""
+
+  layer: Layer
+  transpose: Transpose
 
 
 def xla_layer(
@@ -108,3 +118,25 @@ def _native_backward(
 
 
 _native.defvjp(_native_forward, _native_backward)
+
+
+def xla_transpose(x: Float[Array, 'R C'], dtype: DTypeLike) -> Float[Array, 'C R']:
+  """See `Transpose`: float32."""
+  del dtype
+  return x.T
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def native_transpose(x: Float[Array, 'R C'], dtype: DTypeLike) -> Float[Array, 'C R']:
+  """See `Transpose`: in `dtype`. Needs `native.load()`."""
+  turned = jax.ShapeDtypeStruct(x.shape[::-1], jnp.dtype(dtype))
+  return jax.ffi.ffi_call(f'dlrm_transpose_{x.dtype}_{turned.dtype}', turned)(x)
+
+
+native_transpose.defvjp(
+  lambda x, dtype: (native_transpose(x, dtype), None),
+  lambda dtype, _, gradient: (native_transpose(gradient, jnp.float32),),
+)
+
+XLA = LayerKernels(xla_layer, xla_transpose)
+NATIVE = LayerKernels(native_layer, native_transpose)  # needs native.build.load()

@@ -17,7 +17,8 @@ import jax
 import jaxlib
 
 FOLDER = Path(__file__).parent
-FLAGS = ('-std=c++17', '-O3', '-march=native', '-fno-strict-aliasing', '-fPIC', '-shared', '-DNDEBUG', '-w')
+LANGUAGE = ('-std=c++17', '-fno-math-errno', '-fno-strict-aliasing')
+FLAGS = (*LANGUAGE, '-O3', '-march=native', '-fPIC', '-shared', '-DNDEBUG', '-w')
 COMPILERS = ('c++', 'g++', 'clang++')
 # What the kernels are called in XLA's programs, and in C++.
 TARGETS = {
@@ -27,6 +28,10 @@ TARGETS = {
   'dlrm_directory_find': 'DlrmDirectoryFind',
   'dlrm_directory_claim': 'DlrmDirectoryClaim',
   'dlrm_bloom_add': 'DlrmBloomAdd',
+  'dlrm_adam': 'DlrmAdam',
+  'dlrm_transpose_float32_float32': 'DlrmTransposeFloatFloat',
+  'dlrm_transpose_float32_bfloat16': 'DlrmTransposeFloatBFloat16',
+  'dlrm_transpose_bfloat16_float32': 'DlrmTransposeBFloat16Float',
   'dlrm_dense_forward_float32': 'DlrmDenseForwardFloat',
   'dlrm_dense_backward_float32': 'DlrmDenseBackwardFloat',
   'dlrm_dense_forward_bfloat16': 'DlrmDenseForwardBFloat16',

@@ -6,7 +6,12 @@
 //   forward          C = y      A = W^T (packed once)   B = h, a panel of 64 examples
 //   gradient of h    C = gh     A = W   (packed once)   B = g, a panel of 64 examples
 //   gradient of W    C = gW     A = h, a slice          B = g^T, a panel of 64 features; sums over slices of examples
-// Sums do not depend on the number of threads: what runs in parallel writes to places of its own, added up in order.
+// A batch is cut into lanes of whole panels, and a thread does all of a lane, since what another core has just written is
+// slow to read. Lanes add up what they share, the gradient of W and the moments, in places of their own, which are summed
+// in order: results depend on how many threads there are, but not on which of them does what.
+
+#include <atomic>
+#include <utility>
 
 #include "dense_core.h"
 #include "parallel.h"
@@ -21,7 +26,8 @@ using namespace dlrm;
 constexpr int64_t kPanel = 64;   // columns of a panel: examples, or features of g^T
 constexpr int64_t kSlice = 512;  // examples of a slice: its h and g^T stay in the second-level cache
 constexpr int64_t kSlicePanels = kSlice / kPanel;
-constexpr int64_t kBlock = 96;  // rows of C that a thread makes at a time: a multiple of 6 and of 32
+constexpr int64_t kBlock = 96;  // rows of C that are made at a time: a multiple of 6 and of 32
+constexpr int64_t kLanes = 4;   // for each thread, so that one that is held up is helped
 
 template <typename T>
 constexpr int64_t kPerWord = sizeof(Word) / sizeof(T);
@@ -81,88 +87,109 @@ void PackTransposed(const float* kernel, int64_t k, int64_t n, int64_t n0, int64
   }
 }
 
-template <typename T>
-ffi::Error Forward(ffi::ThreadPool pool, ffi::AnyBuffer kernel, ffi::AnyBuffer bias, ffi::AnyBuffer h_in,
-                   ffi::AnyBuffer weight_in, ffi::Result<ffi::AnyBuffer> y_out, ffi::Result<ffi::AnyBuffer> sum_out,
-                   ffi::Result<ffi::AnyBuffer> square_out, bool moments) {
-  const int64_t k = kernel.dimensions()[0], n = kernel.dimensions()[1], examples = h_in.dimensions()[1];
-  const int64_t words = WordsOf<T>(k), panels = examples / kPanel, blocks = Ceil(n, kBlock);
-  const float *w = Data<float>(kernel), *b = Data<float>(bias), *weight = Data<float>(weight_in);
-  const T* h = Data<T>(h_in);
-  T* y = Data<T>(*y_out);
+// Whether this thread has yet to pack the weights of the call, as each does for itself.
+bool IsFirstOf(int64_t call) {
+  thread_local int64_t last = -1;
+  return std::exchange(last, call) != call;
+}
 
+int64_t NewCall() {
+  static std::atomic<int64_t> calls{0};
+  return calls.fetch_add(1, std::memory_order_relaxed);
+}
+
+int64_t LaneStart(int64_t lane, int64_t lanes, int64_t panels) { return lane * panels / lanes; }
+
+// out[i] <- the sum over the lanes, in order, of in[lane][i].
+void SumLanes(const float* in, int64_t lanes, int64_t n, float* out) {
+  std::copy_n(in, n, out);
+  for (int64_t lane = 1; lane < lanes; ++lane) AddTo(out, in + lane * n, n);
+}
+
+template <typename T, bool WithMoments>
+void ForwardLane(const float* w, const float* b, const T* h, const float* weight, T* y, int64_t k, int64_t n,
+                 int64_t examples, int64_t first, int64_t last, int64_t call, float* moments) {
+  const int64_t words = WordsOf<T>(k);
   Word* a = Scratch<0>(RoundUp(n, Product<T>::kRowStep) * words);
-  Word* packed = Scratch<2>(kSlice * words);
-  float* partial = reinterpret_cast<float*>(Scratch<1>(panels * 2 * n));  // moments, by panel
-  for (int64_t start = 0; start < panels; start += kSlicePanels) {
-    const int64_t slice = std::min(kSlicePanels, panels - start), weights = start ? 0 : Ceil(n, kPanel);
-    ParallelFor(pool, weights + slice, [&](int64_t i) {
-      if (i < weights) return PackTransposed<T>(w, k, n, i * kPanel, words, a);
-      i -= weights;
-      PackPanel(h + (start + i) * kPanel, examples, k, words, packed + i * words * kPanel);
-    });
-    ParallelFor(pool, slice * blocks, [&](int64_t i) {
-      const int64_t panel = start + i / blocks, first = panel * kPanel, n0 = i % blocks * kBlock;
+  if (IsFirstOf(call)) {
+    for (int64_t n0 = 0; n0 < n; n0 += kPanel) PackTransposed<T>(w, k, n, n0, words, a);
+  }
+  Word* packed = Scratch<1>(kPanel * words);
+  float *sum = reinterpret_cast<float*>(Scratch<2>(2 * 16 * n)), *square = sum + 16 * n;
+  std::fill_n(sum, 2 * 16 * n, 0.f);
+  const Product<T> product;
+  for (int64_t at = first * kPanel; at < last * kPanel; at += kPanel) {
+    PackPanel(h + at, examples, k, words, packed);
+    for (int64_t n0 = 0; n0 < n; n0 += kBlock) {
       const int64_t rows = std::min(kBlock, n - n0);
       alignas(64) float c[kBlock * kPanel];
-      Product<T>()(a + n0 * words, words, packed + i / blocks * words * kPanel, words, rows, c);
+      product(a + n0 * words, words, packed, words, rows, c, kPanel, false);
       for (int64_t r = 0; r < rows; ++r) {
-        float *row = c + r * kPanel, *sums = partial + 2 * panel * n + n0 + r;
-        BiasRelu(row, b[n0 + r]);
-        Store(row, y + (n0 + r) * examples + first);
-        if (moments) Moments(row, weight + first, sums, sums + n);
+        const int64_t i = n0 + r;
+        Activate<T, WithMoments>(c + r * kPanel, b[i], weight + at, y + i * examples + at, sum + 16 * i, square + 16 * i);
       }
-    });
+    }
   }
-  float *sum = Data<float>(*sum_out), *square = Data<float>(*square_out);
-  std::fill_n(sum, n, 0.f);
-  std::fill_n(square, n, 0.f);
-  for (int64_t panel = 0; moments && panel < panels; ++panel) {
-    AddTo(sum, partial + 2 * panel * n, n);
-    AddTo(square, partial + (2 * panel + 1) * n, n);
-  }
+  if (WithMoments) SumRows(sum, 2 * n, moments);
+}
+
+template <typename T>
+ffi::Error Forward(ffi::ThreadPool pool, ffi::AnyBuffer kernel, ffi::AnyBuffer bias, ffi::AnyBuffer h,
+                   ffi::AnyBuffer weight, ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> sum,
+                   ffi::Result<ffi::AnyBuffer> square, bool with_moments) {
+  const int64_t k = kernel.dimensions()[0], n = kernel.dimensions()[1], examples = h.dimensions()[1];
+  const int64_t panels = examples / kPanel, call = NewCall();
+  const int64_t lanes = std::min(panels, kLanes * static_cast<int64_t>(pool.num_threads()));
+  float* moments = reinterpret_cast<float*>(Scratch<6>(std::max<int64_t>(lanes, 1) * 2 * n));
+  ParallelFor(pool, lanes, [&](int64_t lane) {
+    auto* run = with_moments ? ForwardLane<T, true> : ForwardLane<T, false>;
+    run(Data<float>(kernel), Data<float>(bias), Data<T>(h), Data<float>(weight), Data<T>(*y), k, n, examples,
+        LaneStart(lane, lanes, panels), LaneStart(lane + 1, lanes, panels), call, moments + lane * 2 * n);
+  });
+  if (!with_moments || !lanes) std::fill_n(moments, 2 * n, 0.f);
+  SumLanes(moments, with_moments ? lanes : 1, 2 * n, moments);
+  std::copy_n(moments, n, Data<float>(*sum));
+  std::copy_n(moments + n, n, Data<float>(*square));
   return ffi::Error::Success();
 }
 
 template <typename T>
-ffi::Error Backward(ffi::ThreadPool pool, ffi::AnyBuffer kernel, ffi::AnyBuffer h_in, ffi::AnyBuffer y_in,
-                    ffi::AnyBuffer gy_in, ffi::AnyBuffer weight_in, ffi::AnyBuffer gsum_in, ffi::AnyBuffer gsquare_in,
-                    ffi::Result<ffi::AnyBuffer> gkernel_out, ffi::Result<ffi::AnyBuffer> gbias_out,
-                    ffi::Result<ffi::AnyBuffer> gh_out, bool moments) {
-  const int64_t k = kernel.dimensions()[0], n = kernel.dimensions()[1], examples = h_in.dimensions()[1];
-  const int64_t words = WordsOf<T>(n), panels = examples / kPanel, blocks = Ceil(k, kBlock);
-  const int64_t panel_words = kPanel / kPerWord<T>, slice_words = kSlice / kPerWord<T>;
-  const float *w = Data<float>(kernel), *weight = Data<float>(weight_in);
-  const float *gsum = Data<float>(gsum_in), *gsquare = Data<float>(gsquare_in);
-  const T *h = Data<T>(h_in), *y = Data<T>(y_in), *gy = Data<T>(gy_in);
-  float *gkernel = Data<float>(*gkernel_out), *gbias = Data<float>(*gbias_out);
-  T* gh = Data<T>(*gh_out);
+struct BackwardCall {
+  const float *w, *weight, *gsum, *gsquare;
+  const T *h, *y, *gy;
+  T* gh;
+  int64_t k, n, examples, call;
+};
 
+// The panels [first, last): gh, and what they add to the gradients of the kernel, [k, n] of `ld`, and of the bias.
+template <typename T, bool WithMoments>
+void BackwardLane(const BackwardCall<T>& in, int64_t first, int64_t last, float* gkernel, int64_t ld, float* gbias) {
+  const int64_t k = in.k, n = in.n, examples = in.examples, words = WordsOf<T>(n);
+  const int64_t panel_words = kPanel / kPerWord<T>, slice_words = kSlice / kPerWord<T>;
   const int64_t padded_k = RoundUp(k, Product<T>::kRowStep);
-  Word* a = Scratch<0>(padded_k * words);                       // W, in words along n
-  float* partial = reinterpret_cast<float*>(Scratch<1>(panels * n));  // gradient of the bias, by panel
-  Word* packed = Scratch<2>(kSlice * words);                    // g of a slice, by panel: words along n, examples
-  Word* slice_h = Scratch<3>(padded_k * slice_words);           // h of a slice: k, words along the examples
+  Word* a = Scratch<0>(padded_k * words);  // W, in words along n
+  if (IsFirstOf(in.call)) {
+    for (int64_t row = 0; row < k; ++row) {
+      RoundRow(in.w + row * n, n, reinterpret_cast<T*>(a + row * words), words * kPerWord<T>);
+    }
+  }
+  Word* packed = Scratch<1>(kPanel * words);                     // g of a panel: words along n, examples
+  float* sums = reinterpret_cast<float*>(Scratch<2>(16 * n));    // gradient of the bias
+  Word* slice_h = Scratch<3>(padded_k * slice_words);            // h of a slice: k, words along the examples
   Word* slice_g = Scratch<4>(RoundUp(n, kPanel) * slice_words);  // g^T, by 64 features: words along the examples, n
-  for (int64_t start = 0; start < panels; start += kSlicePanels) {
-    const int64_t slice = std::min(kSlicePanels, panels - start), weights = start ? 0 : blocks;
-    ParallelFor(pool, weights + slice, [&](int64_t i) {
-      if (i < weights) {
-        for (int64_t row = i * kBlock; row < std::min(k, (i + 1) * kBlock); ++row) {
-          RoundRow(w + row * n, n, reinterpret_cast<T*>(a + row * words), words * kPerWord<T>);
-        }
-        return;
-      }
-      i -= weights;
-      const int64_t panel = start + i, first = panel * kPanel;
-      T* g = reinterpret_cast<T*>(Scratch<5>(RoundUp(n, 16) * panel_words));  // the gradient before the ReLU
+  T* g = reinterpret_cast<T*>(Scratch<5>(RoundUp(n, 16) * panel_words));  // the gradient before the ReLU, of a panel
+  std::fill_n(sums, 16 * n, 0.f);
+  const Product<T> product;
+  for (int64_t start = first; start < last; start += kSlicePanels) {
+    const int64_t slice = std::min(kSlicePanels, last - start);
+    for (int64_t i = 0; i < slice; ++i) {
+      const int64_t example = (start + i) * kPanel;
       for (int64_t row = 0; row < n; ++row) {
-        const int64_t at = row * examples + first;
-        partial[panel * n + row] =
-            moments ? ReluGradient<T, true>(gy + at, y + at, weight + first, gsum[row], 2 * gsquare[row], g + row * kPanel)
-                    : ReluGradient<T, false>(gy + at, y + at, nullptr, 0, 0, g + row * kPanel);
+        const int64_t at = row * examples + example;
+        ReluGradient<T, WithMoments>(in.gy + at, in.y + at, in.weight + example, in.gsum[row], 2 * in.gsquare[row],
+                                     g + row * kPanel, sums + 16 * row);
       }
-      PackPanel(g, kPanel, n, words, packed + i * words * kPanel);
+      PackPanel(g, kPanel, n, words, packed);
       for (int64_t n0 = 0; n0 < n; n0 += 16) {
         Word* out = slice_g + n0 / kPanel * slice_words * kPanel + i * panel_words * kPanel + n0 % kPanel;
         for (int64_t w0 = 0; w0 < panel_words; w0 += 16) {
@@ -170,37 +197,51 @@ ffi::Error Backward(ffi::ThreadPool pool, ffi::AnyBuffer kernel, ffi::AnyBuffer 
         }
       }
       for (int64_t row = 0; row < k; ++row) {
-        const T* from = h + row * examples + first;
-        std::copy_n(from, kPanel, reinterpret_cast<T*>(slice_h + row * slice_words + i * panel_words));
+        std::memcpy(slice_h + row * slice_words + i * panel_words, in.h + row * examples + example, kPanel * sizeof(T));
       }
-    });
-    const int64_t inputs = slice * blocks;
-    ParallelFor(pool, inputs + Ceil(n, kPanel) * blocks, [&](int64_t i) {
-      const bool of_input = i < inputs;
-      i -= of_input ? 0 : inputs;
-      const int64_t panel = i / blocks, k0 = i % blocks * kBlock, rows = std::min(kBlock, k - k0);
-      alignas(64) float c[kBlock * kPanel];
-      if (of_input) {
-        Product<T>()(a + k0 * words, words, packed + panel * words * kPanel, words, rows, c);
-        for (int64_t r = 0; r < rows; ++r) {
-          Store(c + r * kPanel, gh + (k0 + r) * examples + (start + panel) * kPanel);
-        }
-        return;
+      for (int64_t k0 = 0; k0 < k; k0 += kBlock) {
+        const int64_t rows = std::min(kBlock, k - k0);
+        alignas(64) float c[kBlock * kPanel];
+        product(a + k0 * words, words, packed, words, rows, c, kPanel, false);
+        for (int64_t r = 0; r < rows; ++r) ConvertRow(c + r * kPanel, in.gh + (k0 + r) * examples + example);
       }
-      const int64_t n0 = panel * kPanel, columns = std::min(kPanel, n - n0);
-      Product<T>()(slice_h + k0 * slice_words, slice_words, slice_g + n0 * slice_words, slice * panel_words, rows, c);
-      for (int64_t r = 0; r < rows; ++r) {
-        float* out = gkernel + (k0 + r) * n + n0;
-        if (start == 0) {
-          std::copy_n(c + r * kPanel, columns, out);
-        } else {
-          AddTo(out, c + r * kPanel, columns);
-        }
-      }
-    });
+    }
+    for (int64_t n0 = 0; n0 < n; n0 += kPanel) {
+      product(slice_h, slice_words, slice_g + n0 * slice_words, slice * panel_words, k, gkernel + n0, ld, start > first);
+    }
   }
-  std::fill_n(gbias, n, 0.f);
-  for (int64_t panel = 0; panel < panels; ++panel) AddTo(gbias, partial + panel * n, n);
+  SumRows(sums, n, gbias);
+}
+
+template <typename T>
+ffi::Error Backward(ffi::ThreadPool pool, ffi::AnyBuffer kernel, ffi::AnyBuffer h, ffi::AnyBuffer y, ffi::AnyBuffer gy,
+                    ffi::AnyBuffer weight, ffi::AnyBuffer gsum, ffi::AnyBuffer gsquare,
+                    ffi::Result<ffi::AnyBuffer> gkernel, ffi::Result<ffi::AnyBuffer> gbias,
+                    ffi::Result<ffi::AnyBuffer> gh, bool with_moments) {
+  const BackwardCall<T> in{
+      Data<float>(kernel), Data<float>(weight), Data<float>(gsum), Data<float>(gsquare),
+      Data<T>(h), Data<T>(y), Data<T>(gy), Data<T>(*gh),
+      kernel.dimensions()[0], kernel.dimensions()[1], h.dimensions()[1], NewCall()};
+  const int64_t panels = in.examples / kPanel, threads = pool.num_threads();
+  // Every lane costs a gradient of the kernel to write and to add: more than one a thread only where there is much to do.
+  const int64_t lanes = std::min(panels, std::max(threads, std::min(kLanes * threads, in.examples / kSlice)));
+  const int64_t ld = RoundUp(in.n, kPanel), size = RoundUp(in.k, Product<T>::kRowStep) * ld;
+  const int64_t most = std::max<int64_t>(lanes, 1);
+  float *gkernels = reinterpret_cast<float*>(Scratch<6>(most * (size + in.n))), *gbiases = gkernels + most * size;
+  ParallelFor(pool, lanes, [&](int64_t lane) {
+    auto* run = with_moments ? BackwardLane<T, true> : BackwardLane<T, false>;
+    run(in, LaneStart(lane, lanes, panels), LaneStart(lane + 1, lanes, panels), gkernels + lane * size, ld,
+        gbiases + lane * in.n);
+  });
+  if (!lanes) std::fill_n(gkernels, size + in.n, 0.f);
+  SumLanes(gbiases, lanes, in.n, Data<float>(*gbias));
+  ParallelFor(pool, Ceil(in.k, kBlock), [&](int64_t block) {
+    for (int64_t row = block * kBlock; row < std::min(in.k, (block + 1) * kBlock); ++row) {
+      float* out = Data<float>(*gkernel) + row * in.n;
+      std::copy_n(gkernels + row * ld, in.n, out);
+      for (int64_t lane = 1; lane < lanes; ++lane) AddTo(out, gkernels + lane * size + row * ld, in.n);
+    }
+  });
   return ffi::Error::Success();
 }
 

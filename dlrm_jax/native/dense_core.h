@@ -55,39 +55,11 @@ inline BFloat16 Round<BFloat16>(float x) {  // to nearest, ties to even; NaN sta
 
 // ---- Rows of 64.
 
-inline void Store(const float* in, float* out) { std::memcpy(out, in, 64 * sizeof(float)); }
-inline void Store(const float* in, BFloat16* out) {
-#if defined(__AVX512BF16__)
-  for (int i = 0; i < 64; i += 32) {
-    const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(in + i + 16), _mm512_loadu_ps(in + i));
-    std::memcpy(out + i, &both, sizeof both);
-  }
-#else
-  for (int i = 0; i < 64; ++i) out[i] = Round<BFloat16>(in[i]);
-#endif
-}
-
-inline void Load(const float* in, float* out) { std::memcpy(out, in, 64 * sizeof(float)); }
-inline void Load(const BFloat16* in, float* out) {
-  const uint16_t* bits = reinterpret_cast<const uint16_t*>(in);
-  uint32_t* words = reinterpret_cast<uint32_t*>(out);
-  for (int i = 0; i < 64; ++i) words[i] = static_cast<uint32_t>(bits[i]) << 16;
-}
-
 // 64 words, each of one element of each row.
 inline void Interleave(const float* const rows[1], Word* out) { std::memcpy(out, rows[0], 64 * sizeof(Word)); }
 inline void Interleave(const BFloat16* const rows[2], Word* out) {
   const uint16_t *low = &rows[0]->bits, *high = &rows[1]->bits;
   for (int i = 0; i < 64; ++i) out[i] = low[i] | static_cast<uint32_t>(high[i]) << 16;
-}
-
-// A row of any length, filled up with zeros to `size`.
-template <typename T>
-void RoundRow(const float* in, int64_t n, T* out, int64_t size) {
-  int64_t i = 0;
-  for (; i + 64 <= n; i += 64) Store(in + i, out + i);
-  for (; i < n; ++i) out[i] = Round<T>(in[i]);
-  for (; i < size; ++i) out[i] = Round<T>(0.f);
 }
 
 inline void AddTo(float* out, const float* in, int64_t n) {
@@ -100,51 +72,94 @@ typedef float VectorAt __attribute__((vector_size(64), aligned(4), may_alias)); 
 inline Vector LoadVector(const void* in) { return *static_cast<const VectorAt*>(in); }
 inline void StoreVector(Vector v, void* out) { *static_cast<VectorAt*>(out) = v; }
 
-inline float Sum(Vector v) {
-  for (int half = 8; half; half /= 2) {
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  }
-  return v[0];
-}
-
-// max(0, row + bias); NaN stays NaN.
-inline void BiasRelu(float* row, float bias) {
-  for (int i = 0; i < 64; ++i) {
-    const float x = row[i] + bias;
-    row[i] = x < 0 ? 0 : x;
+// out[i] <- the sum of the 16 numbers of row i.
+inline void SumRows(const float* rows, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i, rows += 16) {
+    Vector v = LoadVector(rows);
+    for (int half = 8; half; half /= 2) {
+      for (int j = 0; j < half; ++j) v[j] += v[j + half];
+    }
+    out[i] = v[0];
   }
 }
 
-// The sums of weight * row and of weight * row^2.
-inline void Moments(const float* row, const float* weight, float* sum, float* square) {
-  Vector s = {}, q = {};
-  for (int i = 0; i < 64; i += 16) {
-    const Vector x = LoadVector(row + i), wx = LoadVector(weight + i) * x;
-    s += wx;
-    q += wx * x;
+inline void LoadRow(const float* in, Vector* out) {
+  for (int i = 0; i < 4; ++i) out[i] = LoadVector(in + 16 * i);
+}
+inline void LoadRow(const BFloat16* in, Vector* out) {
+  typedef uint16_t Halves __attribute__((vector_size(32)));
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  for (int i = 0; i < 4; ++i) {
+    Halves half;
+    std::memcpy(&half, in + 16 * i, sizeof half);
+    out[i] = (Vector)(__builtin_convertvector(half, Words) << 16);
   }
-  *sum = Sum(s);
-  *square = Sum(q);
 }
 
-// g <- gradient before the ReLU where y is above 0: gy and, through the moments, weight * (gsum + y * gsquare2).
-// Returns the sum of g, before it is rounded.
+inline void StoreRow(const Vector* in, float* out) {
+  for (int i = 0; i < 4; ++i) StoreVector(in[i], out + 16 * i);
+}
+inline void StoreRow(const Vector* in, BFloat16* out) {
+#if defined(__AVX512BF16__)
+  for (int i = 0; i < 4; i += 2) {
+    const __m512bh both = _mm512_cvtne2ps_pbh((__m512)in[i + 1], (__m512)in[i]);
+    std::memcpy(out + 16 * i, &both, sizeof both);
+  }
+#else
+  for (int i = 0; i < 64; ++i) out[i] = Round<BFloat16>(in[i / 16][i % 16]);
+#endif
+}
+
+template <typename In, typename Out>
+inline void ConvertRow(const In* in, Out* out) {
+  Vector x[4];
+  LoadRow(in, x);
+  StoreRow(x, out);
+}
+
+// A row of any length, filled up with zeros to `size`.
+template <typename T>
+void RoundRow(const float* in, int64_t n, T* out, int64_t size) {
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64) ConvertRow(in + i, out + i);
+  for (; i < n; ++i) out[i] = Round<T>(in[i]);
+  for (; i < size; ++i) out[i] = Round<T>(0.f);
+}
+
+// y <- max(0, row + bias), NaN stays NaN, and to sum[16] and square[16] what makes up those of weight * y, weight * y^2.
 template <typename T, bool WithMoments>
-float ReluGradient(const T* gy, const T* y, const float* weight, float gsum, float gsquare2, T* g) {
-  alignas(64) float gradient[64], active[64];
-  Load(gy, gradient);
-  Load(y, active);
-  Vector total = {};
-  for (int i = 0; i < 64; i += 16) {
-    Vector x = LoadVector(gradient + i);
-    const Vector a = LoadVector(active + i);
-    if constexpr (WithMoments) x += LoadVector(weight + i) * (gsum + a * gsquare2);
-    x = a > 0 ? x : Vector{};
-    StoreVector(x, gradient + i);
-    total += x;
+inline void Activate(const float* row, float bias, const float* weight, T* y, float* sum, float* square) {
+  Vector x[4], s = {}, q = {};
+  for (int i = 0; i < 4; ++i) {
+    x[i] = LoadVector(row + 16 * i) + bias;
+    x[i] = x[i] < 0 ? Vector{} : x[i];
+    if constexpr (WithMoments) {
+      const Vector wx = LoadVector(weight + 16 * i) * x[i];
+      s += wx;
+      q += wx * x[i];
+    }
   }
-  Store(gradient, g);
-  return Sum(total);
+  StoreRow(x, y);
+  if constexpr (WithMoments) {
+    StoreVector(LoadVector(sum) + s, sum);
+    StoreVector(LoadVector(square) + q, square);
+  }
+}
+
+// g <- gradient before the ReLU where y is above 0: gy and, through the moments, weight * (gsum + y * gsquare2). To
+// sum[16] what makes up the sum of g before it is rounded.
+template <typename T, bool WithMoments>
+inline void ReluGradient(const T* gy, const T* y, const float* weight, float gsum, float gsquare2, T* g, float* sum) {
+  Vector x[4], active[4], total = {};
+  LoadRow(gy, x);
+  LoadRow(y, active);
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (WithMoments) x[i] += LoadVector(weight + 16 * i) * (gsum + active[i] * gsquare2);
+    x[i] = active[i] > 0 ? x[i] : Vector{};
+    total += x[i];
+  }
+  StoreRow(x, g);
+  StoreVector(LoadVector(sum) + total, sum);
 }
 
 // out[16, 16] <- in^T; ld: words from row to row.
@@ -210,10 +225,16 @@ inline Vector MultiplyAdd<BFloat16>(Vector c, Word a, Vector b) {
 #endif
 }
 
+// `start`: what C holds is added to, else overwritten.
 template <typename T, int Rows>
-void Tile(const Word* a, int64_t lda, const Word* b, int64_t words, float* c) {
+void Tile(const Word* a, int64_t lda, const Word* b, int64_t words, float* c, int64_t ldc, bool start) {
   for (int64_t column = 0; column < 64; column += kColumns * 16) {
     Vector sum[Rows][kColumns] = {};
+    if (start) {
+      for (int r = 0; r < Rows; ++r) {
+        for (int v = 0; v < kColumns; ++v) sum[r][v] = LoadVector(c + r * ldc + column + v * 16);
+      }
+    }
     for (int64_t w = 0; w < words; ++w) {
       Vector right[kColumns];
 #pragma GCC unroll 4
@@ -227,31 +248,33 @@ void Tile(const Word* a, int64_t lda, const Word* b, int64_t words, float* c) {
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kColumns; ++v) StoreVector(sum[r][v], c + r * 64 + column + v * 16);
+      for (int v = 0; v < kColumns; ++v) StoreVector(sum[r][v], c + r * ldc + column + v * 16);
     }
   }
 }
 
 template <typename T>
-void PlainProduct(const Word* a, int64_t lda, const Word* b, int64_t words, int64_t rows, float* c) {
-  for (; rows >= 6; rows -= 6, a += 6 * lda, c += 6 * 64) Tile<T, 6>(a, lda, b, words, c);
+void PlainProduct(const Word* a, int64_t lda, const Word* b, int64_t words, int64_t rows, float* c, int64_t ldc,
+                  bool start) {
+  for (; rows >= 6; rows -= 6, a += 6 * lda, c += 6 * ldc) Tile<T, 6>(a, lda, b, words, c, ldc, start);
   if (rows >= 4) {
-    Tile<T, 4>(a, lda, b, words, c);
-    rows -= 4, a += 4 * lda, c += 4 * 64;
+    Tile<T, 4>(a, lda, b, words, c, ldc, start);
+    rows -= 4, a += 4 * lda, c += 4 * ldc;
   }
   if (rows >= 2) {
-    Tile<T, 2>(a, lda, b, words, c);
-    rows -= 2, a += 2 * lda, c += 2 * 64;
+    Tile<T, 2>(a, lda, b, words, c, ldc, start);
+    rows -= 2, a += 2 * lda, c += 2 * ldc;
   }
-  if (rows) Tile<T, 1>(a, lda, b, words, c);
+  if (rows) Tile<T, 1>(a, lda, b, words, c, ldc, start);
 }
 
 template <typename T>
 struct Product {
   static constexpr int64_t kWordStep = 1, kRowStep = 1;  // A and B are filled up to multiples of these
 
-  void operator()(const Word* a, int64_t lda, const Word* b, int64_t words, int64_t rows, float* c) const {
-    PlainProduct<T>(a, lda, b, words, rows, c);
+  void operator()(const Word* a, int64_t lda, const Word* b, int64_t words, int64_t rows, float* c, int64_t ldc,
+                  bool start) const {
+    PlainProduct<T>(a, lda, b, words, rows, c, ldc, start);
   }
 };
 
@@ -285,31 +308,41 @@ struct Product<BFloat16> {
     if (MayUseTiles()) _tile_release();  // a thread without tiles in use is cheaper to switch
   }
 
-  void operator()(const Word* a, int64_t lda, const Word* b, int64_t words, int64_t rows, float* c) const {
-    if (!MayUseTiles()) return PlainProduct<BFloat16>(a, lda, b, words, rows, c);
+  void operator()(const Word* a, int64_t lda, const Word* b, int64_t words, int64_t rows, float* c, int64_t ldc,
+                  bool start) const {
+    if (!MayUseTiles()) return PlainProduct<BFloat16>(a, lda, b, words, rows, c, ldc, start);
     asm volatile("" ::: "memory");  // the compiler does not know that tile loads read what was packed
-    for (int64_t row = 0; row < rows; row += 32) {
-      for (int64_t column = 0; column < 64; column += 32) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+    for (int64_t column = 0; column < 64; column += 32) {  // half of B stays in the first-level cache
+      for (int64_t row = 0; row < rows; row += 32) {
+        float *above = c + row * ldc + column, *below = above + 16 * ldc;
+        if (start) {
+          _tile_loadd(0, above, ldc * 4);
+          _tile_loadd(1, above + 16, ldc * 4);
+          _tile_loadd(2, below, ldc * 4);
+          _tile_loadd(3, below + 16, ldc * 4);
+        } else {
+          _tile_zero(0);
+          _tile_zero(1);
+          _tile_zero(2);
+          _tile_zero(3);
+        }
         for (int64_t w = 0; w < words; w += 16) {
           _tile_loadd(4, a + row * lda + w, lda * 4);
-          _tile_loadd(5, a + (row + 16) * lda + w, lda * 4);
           _tile_loadd(6, b + w * 64 + column, 256);
           _tile_loadd(7, b + w * 64 + column + 16, 256);
+          _tile_loadd(5, a + (row + 16) * lda + w, lda * 4);
           _tile_dpbf16ps(0, 4, 6);
           _tile_dpbf16ps(1, 4, 7);
           _tile_dpbf16ps(2, 5, 6);
           _tile_dpbf16ps(3, 5, 7);
         }
-        _tile_stored(0, c + row * 64 + column, 256);
-        _tile_stored(1, c + row * 64 + column + 16, 256);
-        _tile_stored(2, c + (row + 16) * 64 + column, 256);
-        _tile_stored(3, c + (row + 16) * 64 + column + 16, 256);
+        _tile_stored(0, above, ldc * 4);
+        _tile_stored(1, above + 16, ldc * 4);
+        _tile_stored(2, below, ldc * 4);
+        _tile_stored(3, below + 16, ldc * 4);
       }
     }
+    asm volatile("" ::: "memory");
   }
 };
 #endif

@@ -15,8 +15,10 @@
 
 namespace dlrm {
 
-// body(i) for each i in [0, n), in any order, on the calling thread and those of the pool that are free. The caller
-// works as well and waits for nothing but what another thread has begun, so a busy pool cannot block it.
+// body(i) for each i in [0, n), on the calling thread and those of the pool that are free. Each thread has a stretch of
+// its own, the same from call to call, so that what one call leaves in a core's cache is there for the next; who is done
+// helps the others. The caller works as well and waits for nothing but what another thread has begun, so a busy pool
+// cannot block it.
 template <typename Body>
 void ParallelFor(xla::ffi::ThreadPool& pool, int64_t n, const Body& body) {
   const int64_t threads = std::min<int64_t>(pool.num_threads(), n);
@@ -24,19 +26,32 @@ void ParallelFor(xla::ffi::ThreadPool& pool, int64_t n, const Body& body) {
     for (int64_t i = 0; i < n; ++i) body(i);
     return;
   }
+  struct alignas(64) Stretch {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
   struct State {
-    std::atomic<int64_t> next{0}, done{0};
+    std::unique_ptr<Stretch[]> stretches;
+    alignas(64) std::atomic<int64_t> done{0};
   };
   // Outlives the call: a thread of the pool may come when all is done. It then finds nothing left and leaves `body` be.
   auto state = std::make_shared<State>();
-  auto work = [state, n, &body] {
-    for (int64_t i; (i = state->next.fetch_add(1, std::memory_order_relaxed)) < n;) {
-      body(i);
-      state->done.fetch_add(1, std::memory_order_release);
+  state->stretches.reset(new Stretch[threads]);
+  for (int64_t t = 0; t < threads; ++t) {
+    state->stretches[t].next = t * n / threads;
+    state->stretches[t].end = (t + 1) * n / threads;
+  }
+  auto work = [state, threads, &body](int64_t own) {
+    for (int64_t t = 0; t < threads; ++t) {
+      Stretch& stretch = state->stretches[(own + t) % threads];
+      for (int64_t i; (i = stretch.next.fetch_add(1, std::memory_order_relaxed)) < stretch.end;) {
+        body(i);
+        state->done.fetch_add(1, std::memory_order_release);
+      }
     }
   };
-  for (int64_t t = 1; t < threads; ++t) pool.Schedule([work] { work(); });
-  work();
+  for (int64_t t = 1; t < threads; ++t) pool.Schedule([work, t] { work(t); });
+  work(0);
   for (int spins = 0; state->done.load(std::memory_order_acquire) < n; ++spins) {
     if (spins > 1000) std::this_thread::yield();
   }
