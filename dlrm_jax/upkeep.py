@@ -208,7 +208,7 @@ def numbers_of(known: dict[str, Vocabulary]) -> dict[str, float | int]:
   return {'ids': used, 'load': used / rows, **numbers, 'ids_memory_gb': bytes_of(known) / 1e9}
 
 
-def per_column(program: Program, known: dict[str, Vocabulary]) -> dict[str, int]:
+def per_column(known: dict[str, Vocabulary]) -> dict[str, int]:
   """Ids that have a row, by column. A pass over all rows."""
   numbers = np.zeros(len(CATEGORIES), int)
   for vocabulary in known.values():
