@@ -39,6 +39,16 @@ class Directory:
 
 
 @struct.dataclass
+class Widths:
+  """What the policy of widths remembers of a directory's rows (see embeddings/width.py)."""
+
+  mean: Array  # f32[rows], moving sum of occurrences a period, not yet corrected
+  counted: Array  # u32[rows], frequency when the last period ended
+  periods: Array  # i32[], that have ended
+  least: Array  # f32[blocks], the corrected mean from which on an id has each block
+
+
+@struct.dataclass
 class Counts:
   """What became of the lookups and ids of a directory since training began, modulo 2**32."""
 
@@ -56,7 +66,7 @@ class Vocabulary:
 
   directory: Directory
   filter: Any  # what admission remembers of ids that have no row
-  widths: Any  # embeddings.width.Widths; () where all vectors have their full width
+  widths: Any  # Widths; () where all vectors have their full width
   counts: Counts
 
 
