@@ -71,7 +71,7 @@ def embeddings_of(
 ) -> Static:
   """The kind of tables that a spec names."""
   embedding = spec.embedding
-  parts = embedding, layout, tx, update_table, row_kernels
+  parts = embedding, layout, tx, update_table, row_kernels, spec.seed
   if embedding.kind not in KEYED:
     return KINDS[embedding.kind](*parts)
   kernels = directory.NATIVE if native else directory.XLA
@@ -82,7 +82,7 @@ def embeddings_of(
     'counter': lambda make: make(options.threshold, share, kernels),
     'counting_bloom': lambda make: make(options.threshold, share, options.error_rate, options.bits, kernels),
   }[options.name](ADMISSIONS[options.name])
-  return KINDS[embedding.kind](*parts, admission, kernels, spec.seed)
+  return KINDS[embedding.kind](*parts, admission, kernels)
 
 
 def learning_rate(spec: OptimizerSpec) -> LearningRate:

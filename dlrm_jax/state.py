@@ -14,7 +14,7 @@ def init_state(program: Program) -> TrainState:
   # Column numbers are folded into the tables' keys, so the network takes a number that no column has.
   key = jax.random.fold_in(jax.random.key(seed), len(CATEGORIES))
   dense, vectors = jnp.zeros((1, len(INTEGERS))), jnp.zeros((1, len(CATEGORIES), dim))
-  tables, known = program.embeddings.init(seed)
+  tables, known = program.embeddings.init()
   variables = program.model.init(key, dense, vectors, jnp.ones(1), train=True)
   return TrainState(
     step=jnp.zeros((), jnp.int32),

@@ -33,6 +33,7 @@ MODEL_FIELDS = (
   'model',
   'embedding.kind',
   'embedding.dim',
+  'embedding.dtype',
   'embedding.buckets',
   'embedding.fusion',
   'optimizer.name',

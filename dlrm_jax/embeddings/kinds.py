@@ -45,11 +45,12 @@ class Static:
   tx: optax.GradientTransformation
   update_table: Callable[..., Table]
   rows: RowKernels
+  seed: int
 
-  def init(self, seed: int) -> tuple[Tables, Vocabularies]:
+  def init(self) -> tuple[Tables, Vocabularies]:
     """Before the first step."""
     dim, dtype = self.spec.dim, self.spec.dtype
-    return {name: tables.init_table(table, dim, self.tx, seed, dtype) for name, table in self.layout.items()}, {}
+    return {name: tables.init_table(table, dim, self.tx, self.seed, dtype) for name, table in self.layout.items()}, {}
 
   def resolve(
     self, tables_: Tables, known: Vocabularies, batch: Batch, step: Int32[Array, '']
@@ -77,9 +78,8 @@ class Dynamic(Static):
 
   admission: Admission
   directories: DirectoryKernels
-  seed: int
 
-  def init(self, seed: int) -> tuple[Tables, Vocabularies]:
+  def init(self) -> tuple[Tables, Vocabularies]:
     """See `Static.init`."""
     known = {name: self.vocabulary(self.spec.rows * len(t.columns) // 26) for name, t in self.layout.items()}
     own = {
@@ -149,11 +149,11 @@ class Dynamic(Static):
 class Adaptive(Dynamic):
   """An id without a row of its own shares that of its bucket, in a static table beside; its own row starts from it."""
 
-  def init(self, seed: int) -> tuple[Tables, Vocabularies]:
+  def init(self) -> tuple[Tables, Vocabularies]:
     """See `Static.init`."""
-    own, known = super().init(seed)
+    own, known = super().init()
     dim, dtype = self.spec.dim, self.spec.dtype
-    return own | {n: tables.init_table(t, dim, self.tx, seed, dtype) for n, t in self.shared.items()}, known
+    return own | {n: tables.init_table(t, dim, self.tx, self.seed, dtype) for n, t in self.shared.items()}, known
 
   @property
   def shared(self) -> tables.Layout:
