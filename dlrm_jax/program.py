@@ -14,7 +14,6 @@ from dlrm_jax.embeddings.update import UPDATES
 from dlrm_jax.model import layers
 from dlrm_jax.model.dlrm import DLRM
 from dlrm_jax.native import build, directory, rows
-from dlrm_jax.native.adam import native_moments, xla_moments
 from dlrm_jax.native.rows import RowKernels
 from dlrm_jax.optim import OPTIMIZERS, dense_transform
 from dlrm_jax.optim.schedules import LearningRate, schedule
@@ -43,9 +42,9 @@ def make_program(spec: Spec) -> Program:
   make = OPTIMIZERS[options.name]
   native = build.choose(spec.native)
   kernels = rows.NATIVE if native.ready else rows.XLA
-  table_tx = make(rate, **OPTIONS[options.name](options, native.ready))
+  table_tx = make(rate, **OPTIONS[options.name](options))
   # DeepRec has the RMSProp mode for table rows alone.
-  dense_tx = make(rate, **OPTIONS[options.name](dataclasses.replace(options, rmsprop=False), native.ready))
+  dense_tx = make(rate, **OPTIONS[options.name](dataclasses.replace(options, rmsprop=False)))
   layout = static_layout(spec.embedding)
   update_table = functools.partial(UPDATES[options.table_update], table_tx, l2=spec.embedding.l2, kernels=kernels)
   return Program(
@@ -91,23 +90,22 @@ def learning_rate(spec: OptimizerSpec) -> LearningRate:
   return schedule(spec.decay, spec.learning_rate, spec.warmup_steps, spec.decay_steps, start, spec.final_factor)
 
 
-def _adam_options(spec: OptimizerSpec, native: bool) -> dict[str, Any]:
-  moments = native_moments if native else xla_moments
-  return {'b1': spec.b1, 'b2': spec.b2, 'eps': spec.eps, 'moments': moments}
+def _adam_options(spec: OptimizerSpec) -> dict[str, Any]:
+  return {'b1': spec.b1, 'b2': spec.b2, 'eps': spec.eps}
 
 
-def _adagrad_options(spec: OptimizerSpec, native: bool) -> dict[str, Any]:
+def _adagrad_options(spec: OptimizerSpec) -> dict[str, Any]:
   return {'initial_accumulator': spec.initial_accumulator}
 
 
-def _decay_options(spec: OptimizerSpec, native: bool) -> dict[str, Any]:
+def _decay_options(spec: OptimizerSpec) -> dict[str, Any]:
   return {'decay_steps': spec.accumulator_decay_steps, 'decay_rate': spec.accumulator_decay_rate}
 
 
 OPTIONS = {
   'adam': _adam_options,
-  'adamasync': lambda spec, native: _adam_options(spec, native) | {'rmsprop': spec.rmsprop},
-  'adagraddecay': lambda spec, native: _adagrad_options(spec, native) | _decay_options(spec, native),
+  'adamasync': lambda spec: _adam_options(spec) | {'rmsprop': spec.rmsprop},
+  'adagraddecay': lambda spec: _adagrad_options(spec) | _decay_options(spec),
   'adagrad': _adagrad_options,
-  'gradientdescent': lambda spec, native: {},
+  'gradientdescent': lambda spec: {},
 }

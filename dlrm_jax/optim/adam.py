@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dlrm_jax.native.adam import Moments, xla_moments
 from dlrm_jax.optim.schedules import LearningRate, rate_at
 
 
@@ -20,11 +19,7 @@ class AdamState(NamedTuple):
 
 
 def adam(
-  learning_rate: LearningRate,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-8,
-  moments: Moments = xla_moments,
+  learning_rate: LearningRate, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
 ) -> optax.GradientTransformation:
   """Adam: m += (1-b1)(g-m); v += (1-b2)(g^2-v); w -= lr sqrt(1-b2^t)/(1-b1^t) m / (sqrt(v)+eps).
 
@@ -35,7 +30,6 @@ def adam(
     b1: decay of the running mean, in [0, 1).
     b2: decay of the running mean of squares, in [0, 1).
     eps: the "epsilon hat" of the paper's section 2.
-    moments: what does the work on the elements.
 
   Source: Kingma and Ba, arXiv:1412.6980, in the form of TensorFlow's AdamOptimizer.
   """
@@ -50,7 +44,9 @@ def adam(
     del params
     count = optax.safe_increment(state.count)
     alpha = rate_at(learning_rate, state.count) * bias_correction(count, b1, b2)
-    updates, m, v = moments(grads, state.m, state.v, alpha, b1, b2, eps)
+    m = jax.tree.map(lambda g, m: m + (1 - b1) * (g - m), grads, state.m)
+    v = jax.tree.map(lambda g, v: v + (1 - b2) * (g * g - v), grads, state.v)
+    updates = jax.tree.map(lambda m, v: -alpha.astype(m.dtype) * m / (jnp.sqrt(v) + eps), m, v)
     return updates, AdamState(count, m, v)
 
   return optax.GradientTransformation(init, update)

@@ -6,18 +6,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dlrm_jax.native.adam import Moments, xla_moments
 from dlrm_jax.optim.adam import AdamState, bias_correction, check_betas
 from dlrm_jax.optim.schedules import LearningRate, rate_at
 
 
 def adam_async(
-  learning_rate: LearningRate,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-8,
-  rmsprop: bool = False,
-  moments: Moments = xla_moments,
+  learning_rate: LearningRate, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, rmsprop: bool = False
 ) -> optax.GradientTransformation:
   """AdamAsync: m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2; w -= lr sqrt(1-b2^t)/(1-b1^t) m / (sqrt(v)+eps).
 
@@ -30,7 +24,6 @@ def adam_async(
     b2: decay of the running mean of squares, in [0, 1).
     eps: see the formulas.
     rmsprop: the mode.
-    moments: what does the work on the elements without `rmsprop`.
 
   Source: DeepRec, tensorflow/python/training/adam_async.py at commit 20a3e06f.
   """
@@ -45,13 +38,14 @@ def adam_async(
     del params
     rate = rate_at(learning_rate, state.count)
     count = optax.safe_increment(state.count)
+    v = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * g * g, grads, state.v)
     if rmsprop:
-      v = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * g * g, grads, state.v)
       m = jax.tree.map(lambda g, m, v: b1 * m + rate * g / jnp.sqrt(v + eps), grads, state.m, v)
       updates = jax.tree.map(jnp.negative, m)
     else:
       alpha = rate * bias_correction(count, b1, b2)
-      updates, m, v = moments(grads, state.m, state.v, alpha, b1, b2, eps)
+      m = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, grads, state.m)
+      updates = jax.tree.map(lambda m, v: -alpha.astype(m.dtype) * m / (jnp.sqrt(v) + eps), m, v)
     return updates, AdamState(count, m, v)
 
   return optax.GradientTransformation(init, update)

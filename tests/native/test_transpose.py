@@ -1,4 +1,4 @@
-"""The transpose and the moments of Adam in C++, beside numpy and XLA."""
+"""The transpose in C++, beside numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,6 @@ import pytest
 
 from dlrm_jax.model.layers import native_transpose
 from dlrm_jax.native import build
-from dlrm_jax.native.adam import native_moments, xla_moments
 
 NATIVE = build.choose(True)
 pytestmark = pytest.mark.skipif(not NATIVE.ready, reason=NATIVE.note)
@@ -33,18 +32,3 @@ def test_the_gradient_of_a_transpose_is_turned_back(dtype):
   (found,) = pull(gradient)
   assert found.dtype == np.float32
   np.testing.assert_array_equal(found, gradient.astype(jnp.float32).T)
-
-
-def test_moments_are_those_of_xla():
-  # More than one piece of 16,384 elements, a scalar, and an empty leaf.
-  shapes = [(300, 200), (17,), (), (0, 4)]
-  rng = np.random.default_rng(2)
-  trees = [{str(i): jnp.asarray(rng.normal(size=shape), jnp.float32) for i, shape in enumerate(shapes)} for _ in 'gmv']
-  trees[2] = jax.tree.map(jnp.square, trees[2])
-  arguments = (*trees, jnp.float32(0.1), 0.9, 0.999, 1e-8)
-  found, wanted = (jax.jit(form, static_argnums=(4, 5, 6))(*arguments) for form in (native_moments, xla_moments))
-  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-    assert a.shape == b.shape
-    np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7)
-  # What was given is still there: the call works in place only on copies.
-  np.testing.assert_array_equal(arguments[1]['1'], trees[1]['1'])

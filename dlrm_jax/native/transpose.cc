@@ -1,8 +1,6 @@
-// Work on elements that XLA does in one thread or in several passes: a transpose, and the moments of Adam.
+// The transpose of a matrix, from and to float32 and bfloat16, on all threads: XLA's takes one, element by element.
 
 #include <algorithm>
-#include <cmath>
-#include <vector>
 
 #include "dense_core.h"
 #include "parallel.h"
@@ -14,8 +12,7 @@ namespace {
 
 using namespace dlrm;
 
-constexpr int64_t kTile = 64;           // rows and columns that are transposed at a time
-constexpr int64_t kElements = 1 << 14;  // of a leaf that are updated at a time
+constexpr int64_t kTile = 64;  // rows and columns that are transposed at a time
 
 // out[columns, rows] <- in[rows, columns]: one tile, whose edges may be cut off.
 template <typename In, typename Out>
@@ -54,47 +51,8 @@ ffi::Error Transpose(ffi::ThreadPool pool, ffi::AnyBuffer in, ffi::Result<ffi::A
   return ffi::Error::Success();
 }
 
-// rate1 is 1 - b1, rate2 1 - b2: taken here they would lose four digits. Arguments after alpha: the gradients of all
-// leaves, their m, their v. Results: updates, m, v; the last two in place.
-ffi::Error Adam(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> alpha_in, ffi::RemainingArgs args,
-                ffi::RemainingRets results, float rate1, float rate2, float eps) {
-  struct Piece {
-    const float* __restrict grad;
-    float *__restrict m, *__restrict v, *__restrict update;
-    int64_t size;
-  };
-  const float alpha = *alpha_in.typed_data();
-  const size_t leaves = results.size() / 3;
-  std::vector<Piece> pieces;
-  for (size_t i = 0; i < leaves; ++i) {
-    const auto in = [&](size_t place) { return args.get<ffi::Buffer<ffi::F32>>(place)->typed_data(); };
-    const auto out = [&](size_t place) { return results.get<ffi::Buffer<ffi::F32>>(place).value()->typed_data(); };
-    const int64_t size = args.get<ffi::Buffer<ffi::F32>>(i)->element_count();
-    float *m = out(leaves + i), *v = out(2 * leaves + i);
-    if (in(leaves + i) != m || in(2 * leaves + i) != v) return ffi::Error::Internal("m and v were not given in place");
-    for (int64_t at = 0; at < size; at += kElements) {
-      pieces.push_back({in(i) + at, m + at, v + at, out(i) + at, std::min(kElements, size - at)});
-    }
-  }
-  ParallelFor(pool, pieces.size(), [&](int64_t i) {
-    const Piece p = pieces[i];
-    for (int64_t j = 0; j < p.size; ++j) {
-      const float g = p.grad[j];
-      p.m[j] += rate1 * (g - p.m[j]);
-      p.v[j] += rate2 * (g * g - p.v[j]);
-      p.update[j] = -alpha * p.m[j] / (std::sqrt(p.v[j]) + eps);
-    }
-  });
-  return ffi::Error::Success();
-}
-
 auto TransposeBinding() {
   return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>();
-}
-
-auto AdamBinding() {
-  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::F32>>().RemainingArgs().RemainingRets()
-      .Attr<float>("rate1").Attr<float>("rate2").Attr<float>("eps");
 }
 
 }  // namespace
@@ -102,4 +60,3 @@ auto AdamBinding() {
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DlrmTransposeFloatFloat, (Transpose<float, float>), TransposeBinding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DlrmTransposeFloatBFloat16, (Transpose<float, dlrm::BFloat16>), TransposeBinding());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DlrmTransposeBFloat16Float, (Transpose<dlrm::BFloat16, float>), TransposeBinding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(DlrmAdam, Adam, AdamBinding());
