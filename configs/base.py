@@ -54,12 +54,36 @@ def get_config() -> ConfigDict:
 
   # The embedding tables.
   c.embedding = ConfigDict()
-  c.embedding.kind = 'static'  # static: row = Fingerprint64(string) mod buckets
+  # static: row = Fingerprint64(string) mod buckets; dynamic: embedding variables, a row for each id that comes, without
+  # buckets; adaptive: a dynamic row for an id that admission lets in, and before that the shared row of its bucket.
+  c.embedding.kind = 'static'
   c.embedding.dim = 16  # width of a vector
   c.embedding.buckets = BUCKETS  # rows of C1..C26; a tuple of one number stands for 26 times that number
   c.embedding.dtype = 'float32'  # of rows and slots; bfloat16: half the memory, rounded at random when written
   c.embedding.fusion = True  # True: one table for all 26 columns; False: one each. Same numbers
   c.embedding.l2 = 0.0  # adds l2 * vector to the gradient of every touched row, once a step
+
+  # Embedding variables: kinds dynamic and adaptive.
+  c.embedding.rows = 1 << 20  # of the first directory, over all columns; it doubles when it is full
+  c.embedding.memory_gb = 0.0  # limit of tables, slots and directories with what a save holds of them; 0: none
+  c.embedding.at_limit = 'refuse'  # when they may not grow. refuse: new ids read as zero; evict: the longest unseen go
+  c.embedding.admission = ConfigDict()  # who gets a row; others read as zero and are not trained
+  c.embedding.admission.name = 'always'  # always; counter: exact, 16 bytes an id that waits; counting_bloom: a filter
+  c.embedding.admission.threshold = 8  # occurrences, of which the last is the first that reads and trains a row
+  c.embedding.admission.expected_ids = 1 << 20  # over all columns; counter: first room; counting_bloom: its size
+  c.embedding.admission.error_rate = 0.01  # counting_bloom: share of ids that are admitted too early
+  c.embedding.admission.bits = 8  # counting_bloom: of a counter; 8, 16 or 32
+  c.embedding.eviction = ConfigDict()  # who loses a row, with its slots; an id that returns starts afresh
+  c.embedding.eviction.name = 'never'  # never; global_step: by the last training step; l2: by the length of the vector
+  # global_step: those not seen for more steps than this. DeepRec's number, not tuned: it depends on the batch size
+  c.embedding.eviction.steps_to_live = 4000
+  # l2: those with 0.5 * sum(vector^2) below this; a new one has some 0.39. A guess, not tuned; DeepRec's 1.0 evicts all
+  c.embedding.eviction.l2 = 0.1
+  c.embedding.eviction.every = 0  # steps between evictions; 0: save_steps
+  c.embedding.width = ConfigDict()  # how much of its vector an id has; the rest reads as zero
+  c.embedding.width.name = 'full'  # full; dynamic: the more blocks, the oftener it was seen of late
+  c.embedding.width.blocks = 4  # dynamic: equal parts of a vector
+  c.embedding.width.every = 0  # dynamic: steps of a period, at whose end ids are ranked anew; 0: save_steps
 
   # The optimizer, of dense parameters and of table rows alike.
   c.optimizer = ConfigDict()

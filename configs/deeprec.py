@@ -14,11 +14,6 @@ from configs import base
 
 # What a flag may be called with today; other values answer "not yet".
 NOT_YET = {
-  'ev': False,
-  'adaptive_emb': False,
-  'ev_elimination': None,
-  'ev_filter': None,
-  'dynamic_ev': False,
   'incremental_ckpt': 0,
   'workqueue': False,
   'protocol': 'grpc',
@@ -99,9 +94,36 @@ def get_config(flags: str = '') -> ConfigDict:
   config.model.dtype = 'bfloat16' if args.bf16 else 'float32'
   config.embedding.fusion = args.emb_fusion
   config.embedding.buckets = (10_000,)
+  _embedding_variables(config, args)
   if args.tf:
     _community_tensorflow(config)
   return config
+
+
+# Steps between evictions and between widths where no checkpoints are written before the end.
+EVERY = 1000
+
+
+def _embedding_variables(config: ConfigDict, args: argparse.Namespace) -> None:
+  # There, filter and eviction are ignored without a word where no ids are known; and of the three kinds, one wins.
+  embedding, known = config.embedding, args.ev or args.adaptive_emb or args.dynamic_ev
+  for name in ('ev_filter', 'ev_elimination'):
+    if getattr(args, name) and not known:
+      raise ValueError(f'configs/deeprec.py: --{name}={getattr(args, name)} needs --ev, --adaptive_emb or --dynamic_ev')
+  if args.tf or not known:
+    return
+  if args.ev and args.adaptive_emb:
+    raise ValueError('configs/deeprec.py: --ev gives every id a row, --adaptive_emb only frequent ones; leave one out')
+  embedding.kind = 'adaptive' if args.adaptive_emb else 'dynamic'
+  if args.ev_filter or args.adaptive_emb:
+    embedding.admission.name = 'counting_bloom' if args.ev_filter == 'cbf' else 'counter'
+    embedding.admission.threshold = 3 if args.ev_filter else 8
+  if args.ev_elimination:
+    embedding.eviction.name = {'l2': 'l2', 'gstep': 'global_step'}[args.ev_elimination]
+  if args.dynamic_ev:
+    embedding.width.name = 'dynamic'
+  if not args.save_steps:
+    embedding.eviction.every = embedding.width.every = EVERY
 
 
 def _community_tensorflow(config: ConfigDict) -> None:

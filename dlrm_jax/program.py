@@ -7,15 +7,17 @@ from typing import Any
 
 import optax
 
+from dlrm_jax.embeddings.admission import ADMISSIONS
+from dlrm_jax.embeddings.kinds import KINDS, Static
 from dlrm_jax.embeddings.layout import TableLayout, static_layout
 from dlrm_jax.embeddings.update import UPDATES
 from dlrm_jax.model import layers
 from dlrm_jax.model.dlrm import DLRM
-from dlrm_jax.native import build, rows
+from dlrm_jax.native import build, directory, rows
 from dlrm_jax.native.rows import RowKernels
 from dlrm_jax.optim import OPTIMIZERS, dense_transform
 from dlrm_jax.optim.schedules import LearningRate, schedule
-from dlrm_jax.spec import OptimizerSpec, Spec
+from dlrm_jax.spec import KEYED, OptimizerSpec, Spec
 from dlrm_jax.structs import Table
 
 
@@ -30,6 +32,7 @@ class Program:
   table_tx: optax.GradientTransformation
   update_table: Callable[..., Table]  # (table, row i32[N], gradient f32[N, D], step=i32[]) -> table
   rows: RowKernels
+  embeddings: Static  # or a kind of tables that is made from it
   native: build.Native
 
 
@@ -42,16 +45,43 @@ def make_program(spec: Spec) -> Program:
   table_tx = make(rate, **OPTIONS[options.name](options))
   # DeepRec has the RMSProp mode for table rows alone.
   dense_tx = make(rate, **OPTIONS[options.name](dataclasses.replace(options, rmsprop=False)))
+  layout = static_layout(spec.embedding)
+  update_table = functools.partial(UPDATES[options.table_update], table_tx, l2=spec.embedding.l2, kernels=kernels)
   return Program(
     spec=spec,
     model=DLRM(spec.model, layers.NATIVE if native.ready else layers.XLA),
-    layout=static_layout(spec.embedding),
+    layout=layout,
     dense_tx=dense_transform(dense_tx, rate, options.weight_decay),
     table_tx=table_tx,
-    update_table=functools.partial(UPDATES[options.table_update], table_tx, l2=spec.embedding.l2, kernels=kernels),
+    update_table=update_table,
     rows=kernels,
+    embeddings=embeddings_of(spec, layout, table_tx, update_table, kernels, native.ready),
     native=native,
   )
+
+
+def embeddings_of(
+  spec: Spec,
+  layout: dict[str, TableLayout],
+  tx: optax.GradientTransformation,
+  update_table: Callable[..., Table],
+  row_kernels: RowKernels,
+  native: bool,
+) -> Static:
+  """The kind of tables that a spec names."""
+  embedding = spec.embedding
+  parts = embedding, layout, tx, update_table, row_kernels, spec.seed
+  if embedding.kind not in KEYED:
+    return KINDS[embedding.kind](*parts)
+  kernels = directory.NATIVE if native else directory.XLA
+  options = embedding.admission
+  share = options.expected_ids if embedding.fusion else -(-options.expected_ids // len(layout))
+  admission = {
+    'always': lambda make: make(kernels),
+    'counter': lambda make: make(options.threshold, share, kernels),
+    'counting_bloom': lambda make: make(options.threshold, share, options.error_rate, options.bits, kernels),
+  }[options.name](ADMISSIONS[options.name])
+  return KINDS[embedding.kind](*parts, admission, kernels)
 
 
 def learning_rate(spec: OptimizerSpec) -> LearningRate:

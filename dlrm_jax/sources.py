@@ -12,7 +12,7 @@ from dlrm_jax.data.cache import index_cached
 from dlrm_jax.data.index import FileIndex, index_files
 from dlrm_jax.data.schema import DataError, DataSpec
 from dlrm_jax.data.stage import Staged, stage
-from dlrm_jax.spec import Spec
+from dlrm_jax.spec import KEYED, Spec
 
 Position = dict[str, int]  # {'epoch', 'position'}: epochs done, rows of the next one done
 START: Position = {'epoch': 0, 'position': 0}
@@ -34,8 +34,9 @@ def open_sources(spec: Spec) -> Sources:
   settings = dataclasses.asdict(spec.data)
   cache = settings.pop('cache')
   reading = DataSpec(
-    location=spec.data_location, buckets=spec.embedding.buckets, threads=max(1, spec.inter), **settings
-  )
+    location=spec.data_location, buckets=spec.embedding.buckets, threads=max(1, spec.inter),
+    keys=spec.embedding.kind in KEYED, **settings,
+  )  # fmt: skip
 
   def index(pattern: str) -> FileIndex:
     if cache:

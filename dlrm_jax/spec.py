@@ -12,6 +12,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 COLUMNS = 26
+KEYED = ('dynamic', 'adaptive')  # kinds of tables that know ids by their whole fingerprints
+MOST_STEPS = 2**27  # that a directory of ids can tell apart
 
 TYPE_NAMES = {
   int: 'a whole number',
@@ -77,10 +79,40 @@ class ModelSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class AdmissionSpec:
+  """Which ids get a row of their own."""
+
+  name: str = _one_of('always', 'counter', 'counting_bloom')
+  threshold: int = _between(2, 2**31)
+  expected_ids: int = _between(1, 2**30)
+  error_rate: float = _field((lambda rate: 0 < rate < 1, 'must be between 0 and 1'))
+  bits: int = _field((lambda bits: bits in (8, 16, 32), 'must be 8, 16 or 32'))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvictionSpec:
+  """Which ids lose their rows, and when."""
+
+  name: str = _one_of('never', 'global_step', 'l2')
+  steps_to_live: int = _between(1, MOST_STEPS)
+  l2: float = _above(0)
+  every: int = _at_least(0)
+
+
+@dataclasses.dataclass(frozen=True)
+class WidthSpec:
+  """How much of its vector an id has."""
+
+  name: str = _one_of('full', 'dynamic')
+  blocks: int = _at_least(2)
+  every: int = _at_least(0)
+
+
+@dataclasses.dataclass(frozen=True)
 class EmbeddingSpec:
   """The embedding tables."""
 
-  kind: str = _one_of('static')
+  kind: str = _one_of('static', *KEYED)
   dim: int = _at_least(1)
   buckets: tuple[int, ...] = _field(
     (
@@ -91,6 +123,12 @@ class EmbeddingSpec:
   dtype: str = _one_of('float32', 'bfloat16')
   fusion: bool
   l2: float = _at_least(0)
+  rows: int = _between(1, 2**30)
+  memory_gb: float = _at_least(0)
+  at_limit: str = _one_of('refuse', 'evict')
+  admission: AdmissionSpec
+  eviction: EvictionSpec
+  width: WidthSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +189,11 @@ def from_config(config: ConfigDict) -> Spec:
     buckets = spec.embedding.buckets * COLUMNS
     spec = dataclasses.replace(spec, embedding=dataclasses.replace(spec.embedding, buckets=buckets))
   _check_together(spec)
-  return spec
+  _check_embedding(spec)
+  every = lambda part: dataclasses.replace(part, every=part.every or spec.save_steps)
+  embedding = spec.embedding
+  embedding = dataclasses.replace(embedding, eviction=every(embedding.eviction), width=every(embedding.width))
+  return dataclasses.replace(spec, embedding=embedding)
 
 
 def to_dict(spec: Spec) -> dict[str, Any]:
@@ -260,3 +302,61 @@ def _check_together(spec: Spec) -> None:
     )
   if spec.optimizer.decay == 'exponential' and spec.optimizer.final_factor == 0:
     raise SpecError('config.optimizer.final_factor=0.0: an exponential decay never reaches 0; set a positive share')
+
+
+def _check_embedding(spec: Spec) -> None:
+  """What embedding variables need, and what static tables cannot have."""
+  embedding = spec.embedding
+  admission, eviction, width = embedding.admission, embedding.eviction, embedding.width
+  if embedding.kind not in KEYED:
+    for name, value, only in (
+      ('admission.name', admission.name, 'always'),
+      ('eviction.name', eviction.name, 'never'),
+      ('width.name', width.name, 'full'),
+    ):
+      if value != only:
+        raise SpecError(
+          f'config.embedding.{name}={value!r}: tables of kind {embedding.kind!r} know no ids; set it to {only!r}, or '
+          f"config.embedding.kind='dynamic'"
+        )
+    return
+  if spec.steps >= MOST_STEPS:
+    raise SpecError(f'config.steps={spec.steps}: a directory of ids counts less than {MOST_STEPS} steps; set fewer')
+  if spec.optimizer.table_update == 'all':
+    raise SpecError(
+      f"config.optimizer.table_update='all': tables of kind {embedding.kind!r} have rows without ids, which must not "
+      "move; set it to 'touched'"
+    )
+  if embedding.kind == 'adaptive' and admission.name == 'always':
+    raise SpecError(
+      "config.embedding.admission.name='always': kind 'adaptive' counts ids until they get a row of their own; set it "
+      "to 'counter' or 'counting_bloom'"
+    )
+  if admission.name == 'counting_bloom':
+    _check_bloom(admission)
+  if width.name == 'dynamic' and embedding.dim % width.blocks:
+    raise SpecError(f'config.embedding.width.blocks={width.blocks}: must divide dim={embedding.dim}; set one that does')
+  for name, part, off in (('eviction', eviction, 'never'), ('width', width, 'full')):
+    if part.name != off and not part.every and not spec.save_steps:
+      raise SpecError(
+        f'config.embedding.{name}.every=0: stands for config.save_steps, which is 0 too, so it would never happen; set '
+        'either to a number of steps'
+      )
+  if embedding.at_limit == 'evict' and not embedding.memory_gb:
+    raise SpecError(
+      "config.embedding.at_limit='evict': there is no limit to reach; set config.embedding.memory_gb to one"
+    )
+
+
+def _check_bloom(admission: AdmissionSpec) -> None:
+  hashes = math.ceil(-math.log2(admission.error_rate))
+  if admission.threshold + hashes >= 2**admission.bits:
+    raise SpecError(
+      f'config.embedding.admission.bits={admission.bits}: too few for a counter up to threshold={admission.threshold} '
+      f'with {hashes} hash functions; set {16 if admission.threshold + hashes < 2**16 else 32}'
+    )
+  if -math.log(admission.error_rate) / math.log(2) ** 2 * admission.expected_ids >= 2**31 - 2**8:
+    raise SpecError(
+      f'config.embedding.admission.expected_ids={admission.expected_ids}: a filter of error rate '
+      f'{admission.error_rate} would have 2**31 counters or more; lower it or raise error_rate'
+    )

@@ -10,7 +10,6 @@ import optax
 from jax import Array
 from jaxtyping import Float
 
-from dlrm_jax.embeddings import tables
 from dlrm_jax.model.loss import cross_entropy
 from dlrm_jax.program import Program
 from dlrm_jax.structs import Batch, TrainState
@@ -23,17 +22,17 @@ NO_FUSION = {'xla_cpu_experimental_ynn_fusion_type': '', 'xla_disable_hlo_passes
 
 def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
   """The state after one update, and the batch's mean loss and number of examples."""
-  rows = tables.resolve(program.layout, batch.bucket, batch.weight)
-  vectors = tables.lookup(program.layout, state.tables, rows, program.rows)
+  tables, known, found = program.embeddings.resolve(state.tables, state.known, batch, state.step)
+  vectors = program.embeddings.lookup(tables, found)
   loss, (params_gradient, vectors_gradient), batch_stats = gradients(program, state, vectors, batch)
-  update_table = functools.partial(program.update_table, step=state.step)
   updates, opt_state = program.dense_tx.update(params_gradient, state.opt_state, state.params)
   new_state = TrainState(
     step=state.step + 1,
     params=optax.apply_updates(state.params, updates),
     batch_stats=batch_stats,
     opt_state=opt_state,
-    tables=tables.update(program.layout, update_table, state.tables, rows, vectors_gradient),
+    tables=program.embeddings.update(tables, found, vectors_gradient, state.step),
+    known=known,
   )
   return new_state, {'loss': loss, 'examples': batch.weight.sum()}
 
@@ -97,8 +96,7 @@ def _over_slices(
 
 def logits(program: Program, state: TrainState, batch: Batch) -> Float[Array, 'B']:
   """Logits with the running batch statistics; the state is read only."""
-  rows = tables.resolve(program.layout, batch.bucket, batch.weight)
-  vectors = tables.lookup(program.layout, state.tables, rows, program.rows)
+  vectors = program.embeddings.lookup(state.tables, program.embeddings.find(state.known, batch))
   variables = {'params': state.params, 'batch_stats': state.batch_stats}
   return program.model.apply(variables, batch.dense, vectors, batch.weight, False)
 

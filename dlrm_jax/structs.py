@@ -14,6 +14,7 @@ class Batch:
   dense: Array  # f32[B, 13], transformed integers
   bucket: Array  # u32[B, 26], Fingerprint64(string) mod the column's buckets
   weight: Array  # f32[B], 0 for padding: every row of the data counts exactly once
+  key: Any = None  # u32[B, 26, 2], low and high half of Fingerprint64(string); None where tables are static
 
 
 @struct.dataclass
@@ -38,6 +39,38 @@ class Directory:
 
 
 @struct.dataclass
+class Widths:
+  """What the policy of widths remembers of a directory's rows (see embeddings/width.py)."""
+
+  mean: Array  # f32[rows], moving sum of occurrences a period, not yet corrected
+  counted: Array  # u32[rows], frequency when the last period ended
+  periods: Array  # i32[], that have ended
+  least: Array  # f32[blocks], the corrected mean from which on an id has each block
+
+
+@struct.dataclass
+class Counts:
+  """What became of the lookups and ids of a directory since training began, modulo 2**32."""
+
+  lookups: Array  # u32[], of training
+  admitted: Array  # u32[], ids that got a row
+  refused: Array  # u32[], lookups of ids that were not yet admitted
+  unplaced: Array  # u32[], lookups of ids for which there was no place
+  evicted: Array  # u32[], ids that lost their row
+  asked: Array  # u32[2], lookups and unplaced when it was last asked whether it is time to grow
+
+
+@struct.dataclass
+class Vocabulary:
+  """All that a table of embedding variables knows of its ids."""
+
+  directory: Directory
+  filter: Any  # what admission remembers of ids that have no row
+  widths: Any  # Widths; () where all vectors have their full width
+  counts: Counts
+
+
+@struct.dataclass
 class TrainState:
   """All that training changes."""
 
@@ -46,3 +79,4 @@ class TrainState:
   batch_stats: Any
   opt_state: Any
   tables: dict[str, Table]
+  known: dict[str, Vocabulary]  # of the tables of embedding variables; static ones have none

@@ -27,6 +27,7 @@ from dlrm_jax.spec import Spec
 from dlrm_jax.state import init_state
 from dlrm_jax.step import jit_logits, jit_train_step
 from dlrm_jax.structs import Batch, TrainState
+from dlrm_jax.upkeep import PEAK, Upkeep, bytes_of, numbers_of, per_column
 
 # Compilation and the first window of data fall into these; samples_per_second leaves them out.
 WARMUP_STEPS = 20
@@ -83,6 +84,11 @@ def run(spec: Spec) -> None:
     with Records(folder, step) as records:
       job = Run(program, data, checkpoints, records, jit_logits(program), state, step, last_step, position)
       del state  # the job owns it now: a second reference would keep the first tables alive
+      if spec.embedding.kind in specs.KEYED and last_step >= specs.MOST_STEPS:
+        raise TrainingError(
+          f'the run would end at step {last_step}, and directories of ids count less than {specs.MOST_STEPS}; set '
+          'config.steps or config.epochs lower'
+        )
       if step >= last_step:
         logging.info('already at step %d, the run was to end at step %d: nothing to train', step, last_step)
       else:
@@ -95,7 +101,7 @@ def run(spec: Spec) -> None:
 
 def train(run: Run) -> None:
   """The training loop. Stopped, after a checkpoint, if a signal asked for it."""
-  spec, step_fn = run.spec, jit_train_step(run.program)
+  spec, step_fn, upkeep = run.spec, jit_train_step(run.program), Upkeep(run.program)
   watch, meter = Stopwatch(WARMUP_STEPS), Meter()
   with (
     sources.train_batches(run.sources, spec, run.position) as batches,
@@ -107,6 +113,7 @@ def train(run: Run) -> None:
       with timeline(run):
         run.state, metrics = step_fn(run.state, batch)
       run.step += 1
+      run.state = upkeep(run.state, run.step)
       progress.advance()
       meter.add(metrics)
       watch.count(spec.batch_size, metrics)
@@ -140,7 +147,7 @@ def every(steps: int, step: int) -> bool:
 
 def log(run: Run, meter: Meter, progress: Progress) -> None:
   """A line of log and a record. TrainingError if the loss is no longer a number."""
-  scalars = meter.read()
+  scalars = meter.read() | numbers_of(run.state.known)
   loss = scalars['loss']
   if loss is not None and not math.isfinite(loss):
     raise TrainingError(
@@ -164,7 +171,7 @@ def evaluation_of(run: Run) -> Scalars:
   with sources.eval_batches(run.sources, run.spec) as batches:
     result = evaluate(run.logits, run.state, (batch for batch, _ in batches))
   warn_of_skipped(batches.items.skipped_rows, 'evaluation')
-  run.records.write('eval', run.step, result)
+  run.records.write('eval', run.step, result | per_column(run.state.known))
   seconds = time.perf_counter() - started
   shown = ', '.join(f'{name} {value:.6g}' for name, value in result.items() if value is not None)
   logging.info('evaluation at step %d: %s (%.1f s)', run.step, shown, seconds)
@@ -191,15 +198,22 @@ def warn_if_useless(result: Scalars) -> None:
 
 def restore_or_init(program: Program, data: Sources, checkpoints: Checkpoints) -> tuple[TrainState, int, Position]:
   """State, step and data position to start from."""
-  rows = sum(table.rows for table in program.layout.values())
   abstract = jax.eval_shape(lambda: init_state(program))
+  rows = sum(table.value.shape[0] for table in abstract.tables.values())
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
-  logging.info('%d table(s), %s rows; with all optimizer memory %.2f GB', len(program.layout), f'{rows:,}', size / 1e9)
+  logging.info('%d table(s), %s rows; with all optimizer memory %.2f GB', len(abstract.tables), f'{rows:,}', size / 1e9)
   memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
   if jax.default_backend() == 'cpu' and size > memory:
     raise TrainingError(
       f'the tables need {size / 1e9:.1f} GB with the optimizer, this machine has {memory / 1e9:.1f} GB; lower '
-      'config.embedding.buckets or config.embedding.dim'
+      'config.embedding.buckets, config.embedding.rows or config.embedding.dim'
+    )
+  limit = program.spec.embedding.memory_gb * 1e9
+  own = PEAK * bytes_of((abstract.tables, abstract.known))
+  if limit and own > limit:
+    raise TrainingError(
+      f'config.embedding.memory_gb={program.spec.embedding.memory_gb}: the first tables need {own / 1e9:.3f} GB, with '
+      'the copy that a save holds; raise it, or lower config.embedding.rows'
     )
   restored = checkpoints.restore(program)
   if restored is None:

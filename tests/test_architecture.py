@@ -11,7 +11,7 @@ ORDER = [
   ['optim', 'model', 'metrics'],
   ['embeddings'],
   ['data'],
-  ['program', 'state', 'step'],
+  ['program', 'state', 'step', 'upkeep'],
   ['checkpoint', 'evaluate', 'logs', 'sources'],
   ['train'],
   ['main'],

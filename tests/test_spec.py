@@ -8,10 +8,11 @@ from ml_collections import ConfigDict
 
 from configs import base
 from dlrm_jax import spec as specs
+from dlrm_jax.embeddings import directory
 
 EXPERIMENTS = [
-  'adagrad', 'adagraddecay', 'adam', 'adamasync', 'base', 'baseline', 'bf16', 'bf16_tables', 'deeprec', 'dot',
-  'gradientdescent', 'micro_batch', 'quickstart',
+  'adagrad', 'adagraddecay', 'adam', 'adamasync', 'adaptive', 'base', 'baseline', 'bf16', 'bf16_tables', 'bloom',
+  'counter', 'deeprec', 'dot', 'dynamic', 'expiring', 'gradientdescent', 'micro_batch', 'narrowing', 'quickstart',
 ]  # fmt: skip
 
 
@@ -69,6 +70,16 @@ def test_a_single_number_of_buckets_stands_for_all_columns():
     ('optimizer.decay', 'linear', ['decay_steps=0', 'linear']),
     ('optimizer.b1', 1.0, ['optimizer.b1=1.0', 'less than 1']),
     ('optimizer.table_update', 'some', ['table_update', 'touched, all']),
+    ('embedding.admission.threshold', 1, ['admission.threshold=1', 'at least 2']),
+    ('embedding.admission.error_rate', 1.0, ['error_rate=1.0', 'between 0 and 1']),
+    ('embedding.admission.bits', 12, ['bits=12', '8, 16 or 32']),
+    ('embedding.admission.name', 'counter', ['admission.name', "'static'", "'dynamic'"]),
+    ('embedding.eviction.name', 'l2', ['eviction.name', 'know no ids']),
+    ('embedding.eviction.steps_to_live', 0, ['steps_to_live=0', 'at least 1']),
+    ('embedding.width.name', 'dynamic', ['width.name', 'know no ids']),
+    ('embedding.rows', 0, ['embedding.rows=0', 'at least 1']),
+    ('embedding.memory_gb', -1.0, ['memory_gb=-1.0', 'at least 0']),
+    ('embedding.at_limit', 'stop', ['at_limit', 'refuse, evict']),
     ('batch_sise', 3, ['config.batch_sise', 'no such field', 'batch_size']),
     ('model.widths', 3, ['config.model.widths', 'no such field']),
     ('model', 3, ['config.model=3', 'ConfigDict']),
@@ -86,6 +97,49 @@ def test_a_mistake_is_one_line_with_field_value_and_fix(field, value, words):
     specs.from_config(config)
   assert '\n' not in str(error.value)
   assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'words'),
+  [
+    ({'kind': 'adaptive'}, ["admission.name='always'", 'adaptive', 'counter']),
+    ({'admission.name': 'counting_bloom', 'admission.threshold': 250}, ['admission.bits=8', 'threshold=250', 'set 16']),
+    ({'admission.name': 'counting_bloom', 'admission.expected_ids': 10**9}, ['expected_ids=1000000000', 'counters']),
+    ({'eviction.name': 'l2'}, ['eviction.every=0', 'save_steps']),
+    ({'width.name': 'dynamic'}, ['width.every=0', 'save_steps']),
+    ({'width.name': 'dynamic', 'width.every': 5, 'width.blocks': 3}, ['width.blocks=3', 'dim=16']),
+    ({'at_limit': 'evict'}, ["at_limit='evict'", 'memory_gb']),
+  ],
+)
+def test_embedding_variables_that_do_not_fit_together(fields, words):
+  config = base.get_config()
+  config.update_from_flattened_dict({'embedding.kind': 'dynamic'} | {f'embedding.{n}': v for n, v in fields.items()})
+  with pytest.raises(specs.SpecError) as error:
+    specs.from_config(config)
+  assert '\n' not in str(error.value)
+  assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(('field', 'value'), [('steps', 2**27), ('optimizer.table_update', 'all')])
+def test_embedding_variables_refuse_what_only_static_tables_can(field, value):
+  config = base.get_config()
+  config.update_from_flattened_dict({field: value})
+  specs.from_config(config)
+  config.embedding.kind = 'dynamic'
+  with pytest.raises(specs.SpecError, match=field):
+    specs.from_config(config)
+
+
+def test_a_directory_counts_as_many_steps_as_the_spec_says():
+  assert directory.MOST_STEPS == specs.MOST_STEPS
+
+
+def test_evictions_are_as_frequent_as_full_checkpoints_unless_said_otherwise():
+  config = base.get_config()
+  config.update_from_flattened_dict({'embedding.kind': 'dynamic', 'embedding.eviction.name': 'l2', 'save_steps': 70})
+  assert specs.from_config(config).embedding.eviction.every == 70
+  config.embedding.eviction.every = 30
+  assert specs.from_config(config).embedding.eviction.every == 30
 
 
 def test_a_missing_field_points_to_base():

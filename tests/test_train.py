@@ -150,6 +150,7 @@ def test_tables_larger_than_the_memory_end_before_they_are_made(criteo, tmp_path
 @pytest.mark.parametrize(
   ('field', 'value'),
   [
+    ('embedding__dtype', 'bfloat16'),
     ('model__top_mlp', (8,)),
     ('embedding__buckets', (60,)),
     ('optimizer__name', 'adagrad'),

@@ -1,6 +1,7 @@
 """Whole checkpoints with Orbax: state, data position and config together. A resumed run equals an unstopped one."""
 
 import dataclasses
+import functools
 import logging
 import time
 from pathlib import Path
@@ -11,15 +12,35 @@ import orbax.checkpoint as ocp
 from flax import serialization
 
 from dlrm_jax import spec as specs
+from dlrm_jax import upkeep
 from dlrm_jax.program import Program
 from dlrm_jax.spec import Spec
 from dlrm_jax.state import init_state
 from dlrm_jax.structs import TrainState
 
+# Of embedding variables alone.
+KEYED_FIELDS = ('embedding.admission', 'embedding.width')
+# What of admission may change from run to run.
+_THRESHOLD = 'embedding.admission.threshold'
+_FILTER = tuple(f'embedding.admission.{name}' for name in ('expected_ids', 'error_rate', 'bits'))
+FREE_FIELDS_OF_ADMISSION = {
+  'always': (_THRESHOLD, *_FILTER),
+  'counter': (_THRESHOLD, *_FILTER),
+  'counting_bloom': (_THRESHOLD,),
+}
 # What fixes the shapes of the state. A checkpoint that differs here is of another model.
-MODEL_FIELDS = ('model', 'embedding.kind', 'embedding.dim', 'embedding.buckets', 'embedding.fusion', 'optimizer.name')
+MODEL_FIELDS = (
+  'model',
+  'embedding.kind',
+  'embedding.dim',
+  'embedding.dtype',
+  'embedding.buckets',
+  'embedding.fusion',
+  'optimizer.name',
+  *KEYED_FIELDS,
+)
 # Precision is how a model computes, not what it is: bf16 may go on from f32.
-FREE_FIELDS = ('model.dtype',)
+FREE_FIELDS = ('model.dtype', 'embedding.width.every')
 
 
 class CheckpointError(ValueError):
@@ -106,12 +127,16 @@ class Checkpoints:
     items = self._manager.restore(step, args=side)
     check_same_model(items.config, specs.to_dict(program.spec), f'{self.folder}/{step}')
     template = jax.eval_shape(lambda: init_state(program))
+    if template.known:
+      saved = self._manager.item_metadata(step).state
+      template = as_saved(template, getattr(saved, 'tree', saved))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     placed = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
     abstract = jax.tree.map(placed, to_dict(template))
     restore = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
     tree = self._manager.restore(step, args=ocp.args.Composite(state=restore)).state
-    return Restored(step, from_dict(template, tree), items.position, items.config)
+    state = resized(program, from_dict(template, tree), items.config)
+    return Restored(step, state, items.position, items.config)
 
   def _put_aside(self, step: int) -> None:
     # Or the run could not save this step again.
@@ -126,6 +151,8 @@ def to_dict(state: TrainState) -> dict[str, Any]:
   tree = serialization.to_state_dict(state)
   for table in tree['tables'].values():
     del table['scratch']
+  if not state.known:
+    del tree['known']  # as it was before there were embedding variables
   return tree
 
 
@@ -135,13 +162,57 @@ def from_dict(template: TrainState, tree: dict[str, Any]) -> TrainState:
     name: table | {'scratch': jax.numpy.zeros(template.tables[name].scratch.shape, 'int32')}
     for name, table in tree['tables'].items()
   }
-  return serialization.from_state_dict(template, tree | {'tables': tables})
+  return serialization.from_state_dict(template, {'known': {}} | tree | {'tables': tables})
+
+
+def as_saved(template: TrainState, metadata: Any) -> TrainState:
+  """The template with the shapes of a checkpoint: directories may have grown since they were begun."""
+  tree = {name: serialization.to_state_dict(getattr(template, name)) for name in ('tables', 'known')}
+  for table in tree['tables'].values():
+    del table['scratch']
+
+  def shaped(part: Any, saved: Any) -> Any:
+    if isinstance(part, dict):
+      return {name: shaped(child, saved[name]) if jax.tree.leaves(child) else child for name, child in part.items()}
+    return jax.ShapeDtypeStruct(tuple(saved.shape), part.dtype)
+
+  tree = shaped(tree, metadata)
+  for table in tree['tables'].values():
+    table['scratch'] = jax.ShapeDtypeStruct(table['value'].shape[:1], 'int32')
+  return template.replace(
+    **{name: serialization.from_state_dict(getattr(template, name), part) for name, part in tree.items()}
+  )
+
+
+def resized(program: Program, state: TrainState, saved: dict[str, Any]) -> TrainState:
+  """The state with tables of the configured capacity, if another one was configured when it was saved.
+
+  Otherwise directories stay as large as they had grown, so that a resumed run equals an unstopped one.
+  """
+  embedding, fields = program.spec.embedding, [('rows',)]
+  if embedding.admission.name == 'counter':
+    fields.append(('admission', 'expected_ids'))
+  now = specs.to_dict(program.spec)['embedding']
+  then = lambda tree, path: functools.reduce(lambda part, name: part[name], path, tree)
+  if not state.known or all(then(now, path) == then(saved['embedding'], path) for path in fields):
+    return state
+  state, lost = upkeep.moved(program, state)
+  if lost:
+    logging.warning('%d ids of the checkpoint found no place in the directories of now', lost)
+  return state
 
 
 def check_same_model(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:
   """Raises CheckpointError naming the first field in which a checkpoint's model differs from the configured one."""
   saved, current = _flat(saved), _flat(current)
+  keyed = current['embedding.kind'] in specs.KEYED
   for name in current:
+    if name in FREE_FIELDS_OF_ADMISSION[current['embedding.admission.name']]:
+      continue
+    if name.startswith(KEYED_FIELDS) and not keyed:
+      continue
+    if name == 'embedding.buckets' and current['embedding.kind'] == 'dynamic':
+      continue
     of_model = any(name == field or name.startswith(field + '.') for field in MODEL_FIELDS)
     if of_model and name not in FREE_FIELDS and saved.get(name) != current[name]:
       raise CheckpointError(

@@ -1,7 +1,8 @@
 """Arrow columns to numbers to packed rows to a `Batch`: the transform of the integers, the buckets of the categories.
 
 `Columns` are all that is parsed, whatever the model makes of it. A packed row is `u32[41]`: bits of the label, of 13
-floats, 26 buckets, bits of the weight. Rows in one piece make shuffling and interleaving one copy each.
+floats, 26 buckets, bits of the weight; with keys it is `u32[93]`, 26 pairs of a fingerprint's low and high half behind.
+Rows in one piece make shuffling and interleaving one copy each.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ DENSE = slice(1, 1 + len(INTEGERS))
 BUCKET = slice(DENSE.stop, DENSE.stop + len(CATEGORIES))
 WEIGHT = BUCKET.stop
 WIDTH = WEIGHT + 1
+KEY = slice(WIDTH, WIDTH + 2 * len(CATEGORIES))
 
 _MISSING_HASH = fingerprint64(MISSING)
 
@@ -57,6 +59,11 @@ TRANSFORMS: dict[str, tuple[Callable[[np.ndarray, int], np.ndarray], tuple[int, 
 }
 
 
+def width(keys: bool) -> int:
+  """Numbers of a packed row."""
+  return KEY.stop if keys else WIDTH
+
+
 def to_columns(arrays: Sequence[pa.Array]) -> Columns:
   """Good rows from label (no nulls), 13 numeric and 26 string arrays of length N."""
   missing = np.zeros(len(arrays[0]), np.uint16)
@@ -90,8 +97,8 @@ def spread(columns: Columns, good: np.ndarray) -> Columns:
 
 
 def encode(columns: Columns, spec: DataSpec, out: np.ndarray | None = None) -> np.ndarray:
-  """Packed rows `u32[N, 41]`, in `out` if given: of weight 1, a missing integer 0; bad rows are all 0."""
-  rows = np.empty((len(columns.label), WIDTH), np.uint32) if out is None else out
+  """Packed rows `u32[N, width]`, in `out` if given: of weight 1, a missing integer 0; bad rows are all 0."""
+  rows = np.empty((len(columns.label), width(spec.keys)), np.uint32) if out is None else out
   floats = rows.view(np.float32)
   floats[:, 0] = columns.label
   floats[:, WEIGHT] = 1
@@ -107,39 +114,47 @@ def encode(columns: Columns, spec: DataSpec, out: np.ndarray | None = None) -> n
     quotient *= np.uint64(buckets)
     np.subtract(hashes, quotient, out=quotient)
     rows[:, i] = quotient
+  if spec.keys:
+    for i, hashes in enumerate(columns.hashes):
+      at = KEY.start + 2 * i
+      rows[:, at : at + 2] = hashes.astype('<u8', copy=False).view('<u4').reshape(-1, 2)
   if not columns.good.all():
     rows[~columns.good] = 0
   return rows
 
 
 def to_batch(rows: np.ndarray, size: int) -> Batch:
-  """Packed rows `u32[n, 41]`, n <= size, to a `Batch` of `size` examples in memory of its own, padded with weight 0."""
-  batch = new_batch(size)
+  """Packed rows, n <= size, to a `Batch` of `size` examples in memory of its own, padded with weight 0."""
+  batch = new_batch(size, rows.shape[1] == KEY.stop)
   fill(batch, 0, rows)
   pad(batch, len(rows))
   return batch
 
 
-def new_batch(size: int) -> Batch:
+def new_batch(size: int, keys: bool = False) -> Batch:
   """A batch whose values are undefined."""
   return Batch(
     label=np.empty(size, np.float32),
     dense=np.empty((size, len(INTEGERS)), np.float32),
     bucket=np.empty((size, len(CATEGORIES)), np.uint32),
     weight=np.empty(size, np.float32),
+    key=np.empty((size, len(CATEGORIES), 2), np.uint32) if keys else None,
   )
 
 
 def fill(batch: Batch, at: int, rows: np.ndarray) -> None:
-  """Copies packed rows `u32[n, 41]` into the examples [at, at + n) of a batch."""
+  """Copies packed rows into the examples [at, at + n) of a batch."""
   floats, part = rows.view(np.float32), slice(at, at + len(rows))
   batch.label[part] = floats[:, 0]
   batch.dense[part] = floats[:, DENSE]
   batch.bucket[part] = rows[:, BUCKET]
   batch.weight[part] = floats[:, WEIGHT]
+  if batch.key is not None:
+    batch.key[part] = rows[:, KEY].reshape(-1, len(CATEGORIES), 2)
 
 
 def pad(batch: Batch, at: int) -> None:
   """Zeros the examples from `at` on."""
-  for values in (batch.label, batch.dense, batch.bucket, batch.weight):
-    values[at:] = 0
+  for values in (batch.label, batch.dense, batch.bucket, batch.weight, batch.key):
+    if values is not None:
+      values[at:] = 0

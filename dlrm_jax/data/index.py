@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from dlrm_jax.data.csv import index_csv
-from dlrm_jax.data.encode import WIDTH, Columns, encode
+from dlrm_jax.data.encode import Columns, encode, width
 from dlrm_jax.data.parquet import index_parquet
 from dlrm_jax.data.schema import DataError, DataSpec
 
@@ -44,12 +44,12 @@ class FileIndex:
     return self._first[-1]
 
   def read(self, start: int, stop: int, spec: DataSpec, out: np.ndarray | None = None) -> np.ndarray:
-    """Packed rows `u32[stop - start, 41]` (see `encode`) of rows [start, stop), in `out` if given.
+    """Packed rows `u32[stop - start, width]` (see `encode`) of rows [start, stop), in `out` if given.
 
     Raises:
       DataError: there is a bad row, and the spec does not skip them.
     """
-    rows = np.empty((stop - start, WIDTH), np.uint32) if out is None else out
+    rows = np.empty((stop - start, width(spec.keys)), np.uint32) if out is None else out
     number, at = bisect.bisect_right(self._first, start) - 1, start
     while at < stop:
       end = min(stop, self._first[number + 1])

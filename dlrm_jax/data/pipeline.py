@@ -10,7 +10,7 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from dlrm_jax.data.encode import WEIGHT, WIDTH, fill, new_batch, pad, to_batch
+from dlrm_jax.data.encode import WEIGHT, WIDTH, fill, new_batch, pad, to_batch, width
 from dlrm_jax.data.index import FileIndex
 from dlrm_jax.data.layout import READ_ROWS, Layout, Window
 from dlrm_jax.data.schema import DataError, DataSpec
@@ -70,16 +70,17 @@ class _Rows(NamedTuple):
 class _Memory:
   """Arrays of packed rows to use again: the first touch of new memory costs more than all that is done in it."""
 
-  def __init__(self) -> None:
+  def __init__(self, width: int) -> None:
     self._free: list[np.ndarray] = []
+    self._width = width
 
   def take(self, rows: int) -> np.ndarray:
-    """`u32[rows, 41]`, undefined; in any thread."""
+    """`u32[rows, width]`, undefined; in any thread."""
     try:
       array = self._free.pop()
     except IndexError:
-      array = np.empty((0, WIDTH), np.uint32)
-    return array[:rows] if rows <= len(array) else np.empty((rows, WIDTH), np.uint32)
+      array = np.empty((0, self._width), np.uint32)
+    return array[:rows] if rows <= len(array) else np.empty((rows, self._width), np.uint32)
 
   def give(self, rows: np.ndarray) -> None:
     """Takes back what `take` gave, or a slice of it, once: nobody reads it any more."""
@@ -142,7 +143,8 @@ class TrainIterator(grain.DatasetIterator):
     super().__init__()
     self._index, self._spec, self._layout, self._seed = index, spec, layout, seed
     self._batch_size, self._local_size = batch_size, layout.local_size(batch_size)
-    self._memory = _Memory()
+    self._width = width(spec.keys)
+    self._memory = _Memory(self._width)
     self._block = _NOTHING
     self._windows: dict[int, _Rows] = {}
     self.skipped_rows = 0
@@ -193,7 +195,7 @@ class TrainIterator(grain.DatasetIterator):
 
   def _take(self, count: int) -> Batch:
     """The next `count` rows of this process as a padded batch."""
-    batch, done = new_batch(self._local_size), 0
+    batch, done = new_batch(self._local_size, self._spec.keys), 0
     while done < count:
       if not len(self._block):
         self._give_block()
@@ -216,13 +218,13 @@ class TrainIterator(grain.DatasetIterator):
     # The cap keeps a block to the size of a window where the streams are so short that all have only one.
     cap = self._row + max((self._spec.shuffle_rows or READ_ROWS) // self._layout.streams, 1)
     stop = min(cap, *(window.stop for window, _ in held))
-    shape = (stop - self._row, len(streams), WIDTH)
+    shape = (stop - self._row, len(streams), self._width)
     block = self._memory.take(shape[0] * shape[1]).reshape(shape)
     for i, (window, rows) in enumerate(held):
       block[:, i] = rows[self._row - window.start : stop - window.start]
     self._row = stop
     drop, self._drop = self._drop, 0
-    return block.reshape(-1, WIDTH)[drop:]
+    return block.reshape(-1, self._width)[drop:]
 
   def _give_block(self) -> None:
     block, self._block = self._block, _NOTHING
@@ -256,7 +258,7 @@ class _EvalSource(grain.sources.RandomAccessDataSource):
   def _read_share(self, start: int, stop: int) -> np.ndarray:
     begin = start + self._process_index * self.share
     end = min(begin + self.share, stop)
-    return self._index.read(begin, end, self._spec) if begin < end else np.empty((0, WIDTH), np.uint32)
+    return self._index.read(begin, end, self._spec) if begin < end else np.empty((0, width(self._spec.keys)), np.uint32)
 
 
 class EvalIterator(grain.DatasetIterator):

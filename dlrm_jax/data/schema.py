@@ -36,6 +36,7 @@ class DataSpec:
     on_bad_row: 'error' stops at a bad row, 'skip' drops it and counts it.
     threads: threads that parse ahead; 0 parses when rows are needed.
     buckets: rows of each of the 26 categories' tables.
+    keys: whether batches carry the whole fingerprints of the categories, too.
   """
 
   location: str
@@ -47,3 +48,4 @@ class DataSpec:
   dense_transform: str = 'log'
   on_bad_row: str = 'error'
   threads: int = 1
+  keys: bool = False

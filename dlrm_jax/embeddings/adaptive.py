@@ -8,6 +8,8 @@ from jax import Array
 from jaxtyping import Float, Int32
 
 from dlrm_jax.native.rows import XLA, RowKernels
+from dlrm_jax.optim import bits
+from dlrm_jax.optim.rowwise import Stored
 
 
 def shared_rows(
@@ -27,11 +29,11 @@ def shared_rows(
 
 
 def initial_from(
-  value: Float[Array, 'hash_rows D'], hash_row: Int32[Array, 'N'], kernels: RowKernels = XLA
+  value: Stored, hash_row: Int32[Array, 'N'], kernels: RowKernels = XLA
 ) -> Callable[[Int32[Array, 'K']], Float[Array, 'K D']]:
   """`initial` of `dynamic.start_rows`: the shared row of each lane."""
 
   def initial(lane: Int32[Array, 'K']) -> Float[Array, 'K D']:
-    return kernels.read(value, hash_row.at[lane].get(mode='fill', fill_value=value.shape[0]))
+    return bits.widen(kernels.read(value, hash_row.at[lane].get(mode='fill', fill_value=value.shape[0])))
 
   return initial

@@ -12,15 +12,16 @@ from jaxtyping import Float, Int32
 
 from dlrm_jax.embeddings.directory import Ids
 from dlrm_jax.native.rows import XLA, RowKernels
+from dlrm_jax.optim import bits
 from dlrm_jax.optim.rowwise import init_slots, join, split
 from dlrm_jax.structs import Table
 
 CHUNK = 1024  # rows that are begun at once
 
 
-def make_table(rows: int, dim: int, tx: optax.GradientTransformation) -> Table:
+def make_table(rows: int, dim: int, tx: optax.GradientTransformation, dtype: str = 'float32') -> Table:
   """The table of an empty directory. Its rows are dead until they are claimed, so they may as well be zero."""
-  value = jnp.zeros((rows, dim))
+  value = jnp.zeros((rows, dim), jnp.uint16 if dtype == 'bfloat16' else jnp.float32)
   return Table(value=value, slots=init_slots(tx, value), scratch=jnp.zeros(rows, jnp.int32))
 
 
@@ -31,8 +32,8 @@ def initial_vectors(seed: int, ids: Ids, dim: int) -> Float[Array, 'N D']:
   draw = ids.feature[:, None] + FEATURE_STRIDE * jnp.arange(pairs[1], dtype=jnp.uint32)[None]
   low, high = (jnp.broadcast_to(ids.key[:, half, None], pairs) for half in (0, 1))
   words = threefry2x32_p.bind(jnp.full(pairs, seed, jnp.uint32), draw, low, high)
-  bits = jnp.stack(words, axis=2).reshape(pairs[0], -1)[:, :dim]
-  uniform = ((bits >> 8).astype(jnp.float32) + 0.5) / (1 << 24)  # in (0, 1)
+  random = jnp.stack(words, axis=2).reshape(pairs[0], -1)[:, :dim]
+  uniform = ((random >> 8).astype(jnp.float32) + 0.5) / (1 << 24)  # in (0, 1)
   edge = jax.lax.erf(jnp.float32(2**0.5))  # erf(2 / sqrt(2))
   return jax.lax.erf_inv((2 * uniform - 1) * edge) * (2 / dim) ** 0.5
 
@@ -65,6 +66,7 @@ def start_rows(
     lane = jax.lax.dynamic_slice_in_dim(lanes, i * CHUNK, CHUNK)
     vectors = initial(lane)
     new, _ = split((vectors, tx.init(vectors)))
+    new = jax.tree.map(lambda new, old: bits.to_nearest(new) if old.dtype == jnp.uint16 else new, new, per_row)
     at = row.at[lane].get(mode='fill', fill_value=table.value.shape[0])
     return kernels.write(per_row, at, new)
 

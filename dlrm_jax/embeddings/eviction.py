@@ -7,9 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int32
+from jaxtyping import Bool, Int32
 
 from dlrm_jax.embeddings.directory import entries, evict
+from dlrm_jax.optim import bits
+from dlrm_jax.optim.rowwise import Stored
 from dlrm_jax.structs import Directory
 
 # (directory, value f32[rows, D], or None for a directory without vectors, step i32[]) -> bool[rows]
@@ -36,7 +38,7 @@ def l2(threshold: float) -> Gone:
   def gone(directory: Directory, value: Array | None, step: Int32[Array, '']) -> Bool[Array, 'rows']:
     if value is None:
       return never(directory, value, step)
-    return 0.5 * jnp.sum(value * value, axis=1) < threshold
+    return 0.5 * jnp.sum(bits.widen(value) ** 2, axis=1) < threshold
 
   return gone
 
@@ -57,7 +59,7 @@ def least_recent(directory: Directory, keep: int) -> Bool[Array, 'rows']:
 
 
 def evict_ids(
-  gone: Gone, directory: Directory, remembered: Any, value: Float[Array, 'rows D'], step: Int32[Array, '']
+  gone: Gone, directory: Directory, remembered: Any, value: Stored, step: Int32[Array, '']
 ) -> tuple[Directory, Any, Int32[Array, '']]:
   """The directory, and the filter of its admission, without those that must go, and how many rows became free."""
   directory, number = evict(directory, gone(directory, value, step))

@@ -55,7 +55,11 @@ def lookup(
   layout: Layout, tables: dict[str, Table], rows: dict[str, Array], kernels: RowKernels = XLA
 ) -> Float[Array, 'B 26 D']:
   """Vectors of a batch, columns in natural order C1..C26; no row reads as zero."""
-  parts = {name: bits.widen(kernels.read(tables[name].value, rows[name])) for name in layout}
+  return in_order(layout, {name: bits.widen(kernels.read(tables[name].value, rows[name])) for name in layout})
+
+
+def in_order(layout: Layout, parts: dict[str, Array]) -> Array:
+  """What is [B, columns, ...] for each table as [B, 26, ...], columns in natural order C1..C26."""
   if len(parts) == 1:
     return next(iter(parts.values()))
   order = [column for table in layout.values() for column in table.columns]

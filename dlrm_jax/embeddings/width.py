@@ -9,26 +9,15 @@ them. For p = 2 and n = 4, 48 % have a block or more, 3 % all four.
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 from jax import Array
 from jaxtyping import Float, Int32
 
 from dlrm_jax.embeddings.directory import entries, frequency, rows_of
 from dlrm_jax.native.rows import xla_read
-from dlrm_jax.structs import Directory
+from dlrm_jax.structs import Directory, Widths
 
 BETA = 0.9
 LEAST_MEAN = 1e-6  # ids with a lower mean are not ranked
-
-
-@struct.dataclass
-class Widths:
-  """What the policy remembers of a directory's rows."""
-
-  mean: Array  # f32[rows], moving sum of occurrences a period, not yet corrected
-  counted: Array  # u32[rows], frequency when the last period ended
-  periods: Array  # i32[], that have ended
-  least: Array  # f32[blocks], the corrected mean from which on an id has each block
 
 
 def make_widths(directory: Directory, blocks: int) -> Widths:

@@ -1,6 +1,7 @@
 """The order of batches against a list of rows and the rule of `layout` written out."""
 
 import collections
+import itertools
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from pyarrow import csv as arrow_csv
 
 from dlrm_jax.data import pipeline
+from dlrm_jax.data.cache import index_cached
 from dlrm_jax.data.encode import Columns
 from dlrm_jax.data.index import FileIndex, index_files
 from dlrm_jax.data.layout import Layout
@@ -328,3 +330,27 @@ def test_memory_does_not_grow_with_the_file(criteo, tmp_path, suffix, repository
     peaks.append(int(subprocess.run(command, capture_output=True, check=True, cwd=repository).stdout))
     path.unlink()
   assert peaks[1] - peaks[0] < 40
+
+
+@pytest.mark.parametrize('cache', [False, True])
+@pytest.mark.parametrize('processes', [1, 2])
+def test_keys_are_the_whole_fingerprints_and_come_only_when_asked_for(criteo, tmp_path, processes, cache):
+  rows = criteo.rows(40)
+  criteo.write(tmp_path / 'train.csv', rows)
+  plain, keyed = (criteo.spec(tmp_path, keys=keys) for keys in (False, True))
+  index = index_cached('train.csv', keyed, str(tmp_path)) if cache else index_files('train.csv', str(tmp_path))
+  ids = {}
+  for make, arguments in ((train_batches, (8, 3)), (eval_batches, (8,))):
+    for process in range(processes):
+      share = {'process_index': process, 'process_count': processes}
+      without, given = (make(index, spec, *arguments, **share) for spec in (plain, keyed))
+      for (bare, _), (batch, _) in zip(itertools.islice(without, 5), itertools.islice(given, 5), strict=True):
+        assert bare.key is None
+        for name in ('label', 'dense', 'bucket', 'weight'):
+          np.testing.assert_array_equal(getattr(bare, name), getattr(batch, name))
+        whole = batch.key[..., 0].astype(np.uint64) | batch.key[..., 1].astype(np.uint64) << np.uint64(32)
+        np.testing.assert_array_equal(whole % np.array(plain.buckets, np.uint64), batch.bucket)
+        assert not batch.key[batch.weight == 0].any()
+        ids.setdefault(make, []).extend(map(tuple, whole[batch.weight > 0].tolist()))
+  expected = sorted(tuple(criteo.fingerprint(x) for x in row[14:]) for row in rows)
+  assert sorted(ids[train_batches]) == sorted(ids[eval_batches]) == expected

@@ -1,0 +1,216 @@
+"""What happens to embedding variables between steps: eviction, new widths, growth; and what is told of them.
+
+All of it at fixed steps, from nothing but the state: a resumed run does what an unstopped one does.
+"""
+
+import functools
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from dlrm_jax.data.schema import CATEGORIES
+from dlrm_jax.embeddings import directory as directories
+from dlrm_jax.embeddings import width
+from dlrm_jax.embeddings.dynamic import make_table
+from dlrm_jax.embeddings.eviction import EVICTIONS, evict_ids, least_recent
+from dlrm_jax.native.rows import xla_write
+from dlrm_jax.program import Program
+from dlrm_jax.structs import Directory, Table, TrainState, Vocabulary
+
+# Steps between looks at how full the directories are. A look waits for the step before it.
+LOOK_EVERY = 20
+# Where the least recently seen must go, this share of the rows stays.
+KEPT_SHARE = 0.6
+# What is held at most, in sizes of the tables: they and the copy that a save writes. Growth holds less, half as much
+# again as the new tables.
+PEAK = 2
+
+
+class Upkeep:
+  """Called after every step with the state, gives the state to go on with."""
+
+  def __init__(self, program: Program) -> None:
+    embedding = program.spec.embedding
+    parameters = {'never': (), 'global_step': (embedding.eviction.steps_to_live,), 'l2': (embedding.eviction.l2,)}
+    gone = EVICTIONS[embedding.eviction.name]
+    gone = gone(*parameters[embedding.eviction.name])
+    self._embedding = embedding
+    self._evict = jax.jit(functools.partial(_evict, gone), donate_argnums=0)
+    self._refresh = jax.jit(_refresh, donate_argnums=0)
+    self._at_limit: set[str] = set()
+
+  def __call__(self, state: TrainState, step: int) -> TrainState:
+    """Evicts, ends periods of widths and grows, where it is time."""
+    if not state.known:
+      return state
+    eviction, widths = self._embedding.eviction, self._embedding.width
+    if eviction.name != 'never' and step % eviction.every == 0:
+      before = _total(state.known, 'evicted')
+      known = {
+        name: self._evict(known, state.tables[name].value, state.step - 1) for name, known in state.known.items()
+      }
+      state = state.replace(known=known)
+      logging.info('step %d: %d ids evicted', step, _total(known, 'evicted') - before)
+    if widths.name == 'dynamic' and step % widths.every == 0:
+      state = state.replace(known={name: self._refresh(known) for name, known in state.known.items()})
+    if step % LOOK_EVERY == 0:
+      full = {name: parts for name, known in state.known.items() if (parts := full_parts(known))}
+      for name, parts in full.items():
+        state = self._make_room(state, name, parts, step)
+      known = {name: _asked(known) for name, known in state.known.items()}
+      state = state.replace(known=known)
+    return state
+
+  def _make_room(self, state: TrainState, name: str, parts: list[str], step: int) -> TrainState:
+    table, known = state.tables[name], state.known[name]
+    more = bytes_of(
+      [known.filter] * ('filter' in parts) + [(table, known.directory, known.widths)] * ('table' in parts)
+    )
+    need, limit = PEAK * (bytes_of((state.tables, state.known)) + more), self._embedding.memory_gb * 1e9
+    if not limit or need <= limit:
+      table, grown = grown_parts(table, known, parts)
+      for part, old, new in (('table', known.directory, grown.directory), ('filter', known.filter, grown.filter)):
+        if part in parts:
+          logging.info(
+            'step %d: %s of %s is full with %d ids: from %d to %d rows',
+            step, PARTS[part], name, int(old.used), directories.rows_of(old), directories.rows_of(new),
+          )  # fmt: skip
+      return state.replace(tables=state.tables | {name: table}, known=state.known | {name: grown})
+    evicts = self._embedding.at_limit == 'evict'
+    if name not in self._at_limit:
+      self._at_limit.add(name)
+      logging.warning(
+        'step %d: %s is full, and to grow needs %.3f GB of config.embedding.memory_gb=%g: %s', step, name, need / 1e9,
+        limit / 1e9, 'the ids unseen for longest go' if evicts else 'new ids without a place read as zero',
+      )  # fmt: skip
+    if evicts:
+      known = jax.jit(_make_room, static_argnums=1)(known, tuple(parts))
+    return state.replace(known=state.known | {name: known})
+
+
+PARTS = {'table': 'the table', 'filter': 'the directory of ids that wait'}
+
+
+def _evict(gone: Any, known: Vocabulary, value: Array, step: Array) -> Vocabulary:
+  directory, remembered, number = evict_ids(gone, known.directory, known.filter, value, step)
+  return _fewer(known.replace(filter=remembered), directory, number)
+
+
+def _make_room(known: Vocabulary, parts: tuple[str, ...]) -> Vocabulary:
+  """Without the ids that were seen longest ago."""
+  drop = lambda full: directories.evict(full, least_recent(full, int(KEPT_SHARE * directories.rows_of(full))))
+  if 'filter' in parts:
+    known = known.replace(filter=drop(known.filter)[0])
+  return _fewer(known, *drop(known.directory)) if 'table' in parts else known
+
+
+def _fewer(known: Vocabulary, directory: Directory, number: Array) -> Vocabulary:
+  counts = known.counts.replace(evicted=known.counts.evicted + number.astype(jnp.uint32))
+  widths = known.widths and width.forget_free(directory, known.widths)
+  return known.replace(directory=directory, widths=widths, counts=counts)
+
+
+def _refresh(known: Vocabulary) -> Vocabulary:
+  return known.replace(widths=width.refresh(known.directory, known.widths))
+
+
+def _asked(known: Vocabulary) -> Vocabulary:
+  asked = jnp.stack([known.counts.lookups, known.counts.unplaced])
+  return known.replace(counts=known.counts.replace(asked=asked))
+
+
+def full_parts(known: Vocabulary) -> list[str]:
+  """Which of `PARTS` must grow. Waits for the last step."""
+  counts = jax.device_get(known.counts)
+  lookups, unplaced = (
+    int(now - then) for now, then in zip((counts.lookups, counts.unplaced), counts.asked, strict=True)
+  )
+  parts = {'table': known.directory}
+  if isinstance(known.filter, Directory):
+    parts['filter'] = known.filter
+  full = [part for part, directory in parts.items() if directories.is_full(directory, 1, 0)]
+  if full or unplaced <= directories.FULL_SHARE * lookups:
+    return full
+  # What found no place does not say where: the fuller one it was.
+  return [max(parts, key=lambda part: int(parts[part].used) / directories.rows_of(parts[part]))]
+
+
+def grown_parts(table: Table, known: Vocabulary, parts: list[str]) -> tuple[Table, Vocabulary]:
+  """A table and what it knows with twice the room in some of `PARTS`."""
+  if 'filter' in parts:
+    known = known.replace(filter=jax.jit(_grow)(known.filter))
+  if 'table' in parts:
+    pages, old = known.directory.entry.shape[0], known.directory
+    rows = directories.rows_of(old)
+    grow = jax.jit(lambda leaf: directories.grow_rows(leaf, pages))
+    per_row = lambda tree: jax.tree.map(lambda leaf: grow(leaf) if leaf.shape[:1] == (rows,) else leaf, tree)
+    known = known.replace(directory=jax.jit(_grow)(old))
+    if known.widths:
+      widths = known.widths.replace(mean=grow(known.widths.mean), counted=grow(known.widths.counted))
+      known = known.replace(widths=jax.jit(width.forget_free)(known.directory, widths))
+    table = per_row(table)
+  return table, known
+
+
+def _grow(directory: Directory) -> Directory:
+  new = directories.grow(directory)
+  return new.replace(used=new.used + 0)  # an array of its own
+
+
+def moved(program: Program, state: TrainState) -> tuple[TrainState, int]:
+  """The state with its ids in directories of the capacity that the program's spec names; how many found no place."""
+  embedding, tables, known, lost = program.spec.embedding, dict(state.tables), dict(state.known), 0
+  for name, layout in program.layout.items():
+    new = program.embeddings.vocabulary(embedding.rows * len(layout.columns) // len(CATEGORIES))
+    old = state.known[name]
+    directory, row = directories.insert(new.directory, directories.entries(old.directory))
+    rows = directories.rows_of(directory)
+    lost += int(old.directory.used) - int(directory.used)
+    table = make_table(rows, embedding.dim, program.table_tx, embedding.dtype)
+    # Where an entry was free, the row is past the end.
+    shift = lambda leaf, empty, row=row: xla_write(empty, row, leaf) if leaf.ndim else leaf
+    table = table.replace(**{
+      part: jax.tree.map(shift, getattr(state.tables[name], part), getattr(table, part)) for part in ('value', 'slots')
+    })  # fmt: skip
+    if isinstance(old.filter, Directory):
+      remembered, _ = directories.insert(new.filter, directories.entries(old.filter))
+      lost += int(old.filter.used) - int(remembered.used)
+    else:
+      remembered = old.filter
+    widths = old.widths and old.widths.replace(
+      mean=shift(old.widths.mean, new.widths.mean), counted=shift(old.widths.counted, new.widths.counted)
+    )
+    tables[name], known[name] = table, old.replace(directory=directory, filter=remembered, widths=widths)
+  return state.replace(tables=tables, known=known), lost
+
+
+def bytes_of(tree: Any) -> int:
+  """Memory of the arrays of a tree, or of what their shapes say."""
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _total(known: dict[str, Vocabulary], name: str) -> int:
+  return sum(int(getattr(vocabulary.counts, name)) for vocabulary in known.values())
+
+
+def numbers_of(known: dict[str, Vocabulary]) -> dict[str, float | int]:
+  """Of all directories together, for the log. Waits for the last step."""
+  if not known:
+    return {}
+  numbers = {f'ids_{name}' if name in ('admitted', 'evicted') else f'lookups_{name}': _total(known, name)
+             for name in ('admitted', 'evicted', 'refused', 'unplaced')}  # fmt: skip
+  used = sum(int(vocabulary.directory.used) for vocabulary in known.values())
+  rows = sum(directories.rows_of(vocabulary.directory) for vocabulary in known.values())
+  return {'ids': used, 'load': used / rows, **numbers, 'ids_memory_gb': bytes_of(known) / 1e9}
+
+
+def per_column(known: dict[str, Vocabulary]) -> dict[str, int]:
+  """Ids that have a row, by column. A pass over all rows."""
+  numbers = np.zeros(len(CATEGORIES), int)
+  for vocabulary in known.values():
+    numbers += np.asarray(jax.jit(directories.ids_per_feature, static_argnums=1)(vocabulary.directory, len(CATEGORIES)))
+  return {f'ids_{name}': int(number) for name, number in zip(CATEGORIES, numbers, strict=True)} if known else {}
