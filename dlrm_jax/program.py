@@ -27,11 +27,7 @@ class Program:
 
   spec: Spec
   model: DLRM
-  layout: dict[str, TableLayout]
   dense_tx: optax.GradientTransformation
-  table_tx: optax.GradientTransformation
-  update_table: Callable[..., Table]  # (table, row i32[N], gradient f32[N, D], step=i32[]) -> table
-  rows: RowKernels
   embeddings: Static  # or a kind of tables that is made from it
   native: build.Native
 
@@ -50,11 +46,7 @@ def make_program(spec: Spec) -> Program:
   return Program(
     spec=spec,
     model=DLRM(spec.model, layers.NATIVE if native.ready else layers.XLA),
-    layout=layout,
     dense_tx=dense_transform(dense_tx, rate, options.weight_decay),
-    table_tx=table_tx,
-    update_table=update_table,
-    rows=kernels,
     embeddings=embeddings_of(spec, layout, table_tx, update_table, kernels, native.ready),
     native=native,
   )

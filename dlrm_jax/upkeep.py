@@ -164,13 +164,13 @@ def _grow(directory: Directory) -> Directory:
 def moved(program: Program, state: TrainState) -> tuple[TrainState, int]:
   """The state with its ids in directories of the capacity that the program's spec names; how many found no place."""
   embedding, tables, known, lost = program.spec.embedding, dict(state.tables), dict(state.known), 0
-  for name, layout in program.layout.items():
+  for name, layout in program.embeddings.layout.items():
     new = program.embeddings.vocabulary(embedding.rows * len(layout.columns) // len(CATEGORIES))
     old = state.known[name]
     directory, row = directories.insert(new.directory, directories.entries(old.directory))
     rows = directories.rows_of(directory)
     lost += int(old.directory.used) - int(directory.used)
-    table = make_table(rows, embedding.dim, program.table_tx, embedding.dtype)
+    table = make_table(rows, embedding.dim, program.embeddings.tx, embedding.dtype)
     # Where an entry was free, the row is past the end.
     shift = lambda leaf, empty, row=row: xla_write(empty, row, leaf) if leaf.ndim else leaf
     table = table.replace(**{

@@ -50,14 +50,9 @@ def of_step(program: Any, state: Any, batches: Sequence[Any], seconds: float) ->
   import optax
 
   from dlrm_jax import step
-  from dlrm_jax.embeddings import tables
 
-  layout = program.layout
-
-  def lookup(table: Any, batch: Any) -> Any:
-    return tables.lookup(layout, table, tables.resolve(layout, batch.bucket, batch.weight), program.rows)
-
-  look = jax.jit(lookup)
+  embeddings = program.embeddings
+  look = jax.jit(lambda tables, batch: embeddings.lookup(tables, embeddings.find(state.known, batch)))
   # What does not depend on the backward pass alone: XLA drops the rest.
   forward = jax.jit(lambda state, vectors, batch: step.gradients(program, state, vectors, batch)[::2])
   both = jax.jit(lambda state, vectors, batch: step.gradients(program, state, vectors, batch))
@@ -67,22 +62,20 @@ def of_step(program: Any, state: Any, batches: Sequence[Any], seconds: float) ->
     return opt_state, optax.apply_updates(params, updates)  # in the order that they are donated in, or XLA copies them
 
   optimize = jax.jit(optimize, donate_argnums=(1, 2))
-  update = jax.jit(
-    lambda table, rows, gradient: tables.update(layout, program.update_table, table, rows, gradient), donate_argnums=0
-  )
+  update = jax.jit(lambda *arguments: embeddings.update(*arguments, state.step), donate_argnums=0)
   network = state.replace(tables={})
   vectors = [look(state.tables, batch) for batch in batches]
   pairs = list(zip(vectors, batches, strict=True))
   _, (dense_gradient, gradient), _ = both(network, *pairs[0])
-  rows = [tables.resolve(layout, batch.bucket, batch.weight) for batch in batches]
+  found = [embeddings.find(state.known, batch) for batch in batches]
   held = {'dense': jax.tree.map(jax.numpy.copy, (state.opt_state, state.params)), 'tables': state.tables}
 
   def optimize_held(_: Any) -> Any:
     held['dense'] = optimize(dense_gradient, *held['dense'])
     return held['dense']
 
-  def update_held(row: Any) -> Any:
-    held['tables'] = update(held['tables'], row, gradient)
+  def update_held(found: Any) -> Any:
+    held['tables'] = update(held['tables'], found, gradient)
     return held['tables']
 
   parts = {
@@ -91,7 +84,7 @@ def of_step(program: Any, state: Any, batches: Sequence[Any], seconds: float) ->
   }
   parts['dense backward'] = milliseconds(lambda pair: both(network, *pair), pairs, seconds) - parts['dense forward']
   parts['dense optimizer'] = milliseconds(optimize_held, [None], seconds)
-  parts['row update'] = milliseconds(update_held, rows, seconds)
+  parts['row update'] = milliseconds(update_held, found, seconds)
   held = {'state': state.replace(tables=held['tables'])}
   whole = step.jit_train_step(program)
 

@@ -70,9 +70,9 @@ class _Rows(NamedTuple):
 class _Memory:
   """Arrays of packed rows to use again: the first touch of new memory costs more than all that is done in it."""
 
-  def __init__(self, width: int) -> None:
+  def __init__(self, numbers: int) -> None:
     self._free: list[np.ndarray] = []
-    self._width = width
+    self._width = numbers
 
   def take(self, rows: int) -> np.ndarray:
     """`u32[rows, width]`, undefined; in any thread."""

@@ -43,7 +43,7 @@ class Static:
   spec: EmbeddingSpec
   layout: tables.Layout
   tx: optax.GradientTransformation
-  update_table: Callable[..., Table]
+  update_table: Callable[..., Table]  # (table, row i32[N], gradient f32[N, D], step=i32[]) -> table
   rows: RowKernels
   seed: int
 

@@ -4,6 +4,8 @@ Naumov et al. 2019, arXiv:1906.00091. The tables are not part of it: it takes ve
 gradient of what was looked up and never one of a table.
 """
 
+import functools
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
@@ -34,7 +36,8 @@ class DLRM(nn.Module):
 
   def top(self, bottom: Float[Array, 'K B'], vectors: Float[Array, 'B F D']) -> Float[Array, 'B']:
     """Logits. The last layer is float32 whatever the dtype of the MLPs."""
-    z = INTERACTIONS[self.spec.interaction](bottom, vectors, self.kernels.transpose, jnp.dtype(self.spec.dtype))
+    transpose = functools.partial(self.kernels.transpose, dtype=jnp.dtype(self.spec.dtype))
+    z = INTERACTIONS[self.spec.interaction](bottom, vectors, transpose)
     h = self.top_mlp(z, jnp.ones(z.shape[1]), train=False)
     return self.logit_kernel[:, 0] @ h + self.logit_bias
 

@@ -100,10 +100,10 @@ int64_t NewCall() {
 
 int64_t LaneStart(int64_t lane, int64_t lanes, int64_t panels) { return lane * panels / lanes; }
 
-// out[i] <- the sum over the lanes, in order, of in[lane][i].
-void SumLanes(const float* in, int64_t lanes, int64_t n, float* out) {
-  std::copy_n(in, n, out);
-  for (int64_t lane = 1; lane < lanes; ++lane) AddTo(out, in + lane * n, n);
+// out[i] <- the sum over the lanes, in order, of in[lane][i], where a lane has `ld` numbers.
+void SumLanes(const float* in, int64_t lanes, int64_t ld, int64_t n, float* out) {
+  std::fill_n(out, n, 0.f);
+  for (int64_t lane = 0; lane < lanes; ++lane) AddTo(out, in + lane * ld, n);
 }
 
 template <typename T, bool WithMoments>
@@ -140,16 +140,14 @@ ffi::Error Forward(ffi::ThreadPool pool, ffi::AnyBuffer kernel, ffi::AnyBuffer b
   const int64_t k = kernel.dimensions()[0], n = kernel.dimensions()[1], examples = h.dimensions()[1];
   const int64_t panels = examples / kPanel, call = NewCall();
   const int64_t lanes = std::min(panels, kLanes * static_cast<int64_t>(pool.num_threads()));
-  float* moments = reinterpret_cast<float*>(Scratch<6>(std::max<int64_t>(lanes, 1) * 2 * n));
+  float* moments = reinterpret_cast<float*>(Scratch<6>(lanes * 2 * n));
   ParallelFor(pool, lanes, [&](int64_t lane) {
     auto* run = with_moments ? ForwardLane<T, true> : ForwardLane<T, false>;
     run(Data<float>(kernel), Data<float>(bias), Data<T>(h), Data<float>(weight), Data<T>(*y), k, n, examples,
         LaneStart(lane, lanes, panels), LaneStart(lane + 1, lanes, panels), call, moments + lane * 2 * n);
   });
-  if (!with_moments || !lanes) std::fill_n(moments, 2 * n, 0.f);
-  SumLanes(moments, with_moments ? lanes : 1, 2 * n, moments);
-  std::copy_n(moments, n, Data<float>(*sum));
-  std::copy_n(moments + n, n, Data<float>(*square));
+  SumLanes(moments, with_moments ? lanes : 0, 2 * n, n, Data<float>(*sum));
+  SumLanes(moments + n, with_moments ? lanes : 0, 2 * n, n, Data<float>(*square));
   return ffi::Error::Success();
 }
 
@@ -226,20 +224,16 @@ ffi::Error Backward(ffi::ThreadPool pool, ffi::AnyBuffer kernel, ffi::AnyBuffer 
   // Every lane costs a gradient of the kernel to write and to add: more than one a thread only where there is much to do.
   const int64_t lanes = std::min(panels, std::max(threads, std::min(kLanes * threads, in.examples / kSlice)));
   const int64_t ld = RoundUp(in.n, kPanel), size = RoundUp(in.k, Product<T>::kRowStep) * ld;
-  const int64_t most = std::max<int64_t>(lanes, 1);
-  float *gkernels = reinterpret_cast<float*>(Scratch<6>(most * (size + in.n))), *gbiases = gkernels + most * size;
+  float *gkernels = reinterpret_cast<float*>(Scratch<6>(lanes * (size + in.n))), *gbiases = gkernels + lanes * size;
   ParallelFor(pool, lanes, [&](int64_t lane) {
     auto* run = with_moments ? BackwardLane<T, true> : BackwardLane<T, false>;
     run(in, LaneStart(lane, lanes, panels), LaneStart(lane + 1, lanes, panels), gkernels + lane * size, ld,
         gbiases + lane * in.n);
   });
-  if (!lanes) std::fill_n(gkernels, size + in.n, 0.f);
-  SumLanes(gbiases, lanes, in.n, Data<float>(*gbias));
+  SumLanes(gbiases, lanes, in.n, in.n, Data<float>(*gbias));
   ParallelFor(pool, Ceil(in.k, kBlock), [&](int64_t block) {
     for (int64_t row = block * kBlock; row < std::min(in.k, (block + 1) * kBlock); ++row) {
-      float* out = Data<float>(*gkernel) + row * in.n;
-      std::copy_n(gkernels + row * ld, in.n, out);
-      for (int64_t lane = 1; lane < lanes; ++lane) AddTo(out, gkernels + lane * size + row * ld, in.n);
+      SumLanes(gkernels + row * ld, lanes, size, in.n, Data<float>(*gkernel) + row * in.n);
     }
   });
   return ffi::Error::Success();
