@@ -22,10 +22,11 @@ from dlrm_jax.checkpoint.full import Checkpoints
 from dlrm_jax.evaluate import evaluate
 from dlrm_jax.logs import Meter, Progress, Records, Scalars, Stopwatch
 from dlrm_jax.program import Program, make_program
+from dlrm_jax.sharding import all_devices
 from dlrm_jax.sources import Position, Sources
 from dlrm_jax.spec import Spec
-from dlrm_jax.state import init_state
-from dlrm_jax.step import jit_logits, jit_train_step
+from dlrm_jax.state import abstract_state, init_state
+from dlrm_jax.step import jit_predict, jit_train_step
 from dlrm_jax.structs import Batch, TrainState
 from dlrm_jax.upkeep import PEAK, Upkeep, bytes_of, numbers_of, per_column
 
@@ -53,7 +54,7 @@ class Run:
   sources: Sources
   checkpoints: Checkpoints
   records: Records
-  logits: Callable[[TrainState, Batch], Array]
+  predict: Callable[[TrainState, Batch], tuple[Array, Array, Array]]
   state: TrainState
   step: int
   last_step: int
@@ -74,7 +75,7 @@ class Run:
 def run(spec: Spec) -> None:
   """Trains, evaluates and saves as `spec` says, then prints the result as one line of JSON."""
   data = sources.open_sources(spec)  # first, since bad data is the most common mistake
-  program = make_program(spec)
+  program = make_program(spec, all_devices())
   logging.info('%s', program.native.note)
   folder = run_folder(spec)
   with Checkpoints(folder / 'checkpoints', spec.keep_checkpoint_max) as checkpoints:
@@ -82,7 +83,7 @@ def run(spec: Spec) -> None:
     (folder / 'config.json').write_text(json.dumps(specs.to_dict(spec), indent=2) + '\n')
     last_step = spec.steps or step + sources.remaining_batches(data, spec, position)
     with Records(folder, step) as records:
-      job = Run(program, data, checkpoints, records, jit_logits(program), state, step, last_step, position)
+      job = Run(program, data, checkpoints, records, jit_predict(program), state, step, last_step, position)
       del state  # the job owns it now: a second reference would keep the first tables alive
       if spec.embedding.kind in specs.KEYED and last_step >= specs.MOST_STEPS:
         raise TrainingError(
@@ -104,7 +105,7 @@ def train(run: Run) -> None:
   spec, step_fn, upkeep = run.spec, jit_train_step(run.program), Upkeep(run.program)
   watch, meter = Stopwatch(WARMUP_STEPS), Meter()
   with (
-    sources.train_batches(run.sources, spec, run.position) as batches,
+    sources.train_batches(run.sources, spec, run.position, run.program.axis) as batches,
     Progress(run.step, run.last_step, spec.batch_size) as progress,
     StopSignals() as signals,
   ):
@@ -168,8 +169,8 @@ def log(run: Run, meter: Meter, progress: Progress) -> None:
 def evaluation_of(run: Run) -> Scalars:
   """Metrics over the whole evaluation set, recorded."""
   started = time.perf_counter()
-  with sources.eval_batches(run.sources, run.spec) as batches:
-    result = evaluate(run.logits, run.state, (batch for batch, _ in batches))
+  with sources.eval_batches(run.sources, run.spec, run.program.axis) as batches:
+    result = evaluate(run.predict, run.state, (batch for batch, _ in batches))
   warn_of_skipped(batches.items.skipped_rows, 'evaluation')
   run.records.write('eval', run.step, result | per_column(run.state.known))
   seconds = time.perf_counter() - started
@@ -198,7 +199,7 @@ def warn_if_useless(result: Scalars) -> None:
 
 def restore_or_init(program: Program, data: Sources, checkpoints: Checkpoints) -> tuple[TrainState, int, Position]:
   """State, step and data position to start from."""
-  abstract = jax.eval_shape(lambda: init_state(program))
+  abstract = abstract_state(program)
   rows = sum(table.value.shape[0] for table in abstract.tables.values())
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
   logging.info('%d table(s), %s rows; with all optimizer memory %.2f GB', len(abstract.tables), f'{rows:,}', size / 1e9)
