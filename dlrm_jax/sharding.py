@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int32
 
@@ -102,3 +103,17 @@ def all_devices() -> Axis:
   """Every device of every process."""
   devices = jax.devices()
   return Axis(Mesh(devices, (NAME,))) if len(devices) > 1 else ALONE
+
+
+def of_first(number: int) -> int:
+  """Process 0's number, in every process. Waits for process 0."""
+  if jax.process_count() == 1:
+    return number
+  return int(multihost_utils.broadcast_one_to_all(np.array(number, np.int32)))
+
+
+def of_all(number: int) -> list[int]:
+  """Every process's number, in every process. Waits for all."""
+  if jax.process_count() == 1:
+    return [number]
+  return multihost_utils.process_allgather(np.array(number, np.int32)).tolist()
