@@ -120,8 +120,6 @@ def of_job(document, documents):
   services = [other for other in documents if other['kind'] == 'Service']
   service = services[0] if services else {}
   subdomain = dig(job, 'template.spec.subdomain')
-  rules = dig(job, 'podFailurePolicy.rules')
-  spared = [dig(rule, 'onPodConditions.0.type') for rule in rules if rule['action'] == 'Ignore']
   form = [
     (len(services) == 1, 'a Job needs its Service'),
     (dig(service, 'metadata.name') == subdomain, f'subdomain {subdomain}: must be the name of the Service'),
@@ -130,7 +128,6 @@ def of_job(document, documents):
     (dig(service, 'spec.selector') == {'batch.kubernetes.io/job-name': name}, f'selector: must be the pods of {name}'),
     (job.get('backoffLimitPerIndex', 0) > 0, 'backoffLimitPerIndex: a process that fails must start again'),
     (job.get('maxFailedIndexes') == 0, 'maxFailedIndexes: without one process the others wait for ever'),
-    (spared == ['DisruptionTarget'], 'podFailurePolicy: a machine that is emptied must not count'),
   ]
   return Trainer(job, f'{name}-0.{subdomain}', form)
 
@@ -175,8 +172,7 @@ def trainer_rules(trainer):
   host, _, port = (environment.get('DLRM_COORDINATOR') or '').partition(':')
   ports = [str(entry['containerPort']) for entry in container.get('ports', ())]
   heartbeat = environment.get('DLRM_HEARTBEAT') or ''
-  codes = [rule.get('onExitCodes') for rule in dig(job, 'podFailurePolicy.rules') if rule['action'] == 'FailJob']
-  wrong_command = {'containerName': container['name'], 'operator': 'In', 'values': [2]}
+  on_codes = {'containerName': container['name'], 'operator': 'In', 'values': [2]}
   near = dig(pod, 'affinity.podAntiAffinity.requiredDuringSchedulingIgnoredDuringExecution.0')
   apart = dig(near, 'labelSelector.matchLabels')
   return [
@@ -187,7 +183,10 @@ def trainer_rules(trainer):
     (host == trainer.host, f'DLRM_COORDINATOR {host}: the first pod is {trainer.host}'),
     (ports == [port], f'DLRM_COORDINATOR: port {port} must be the container port {ports}'),
     (job.get('podReplacementPolicy') == 'Failed', 'podReplacementPolicy: a process must end before it starts again'),
-    (codes == [wrong_command], 'podFailurePolicy: a wrong command (exit code 2) must not be repeated'),
+    (
+      dig(job, 'podFailurePolicy.rules') == [{'action': 'FailJob', 'onExitCodes': on_codes}],
+      'podFailurePolicy: a wrong command (exit code 2), and that alone, must not be repeated',
+    ),
     (pod.get('terminationGracePeriodSeconds', 30) >= 120, 'terminationGracePeriodSeconds: too short for a checkpoint'),
     (near.get('topologyKey') == 'kubernetes.io/hostname', 'podAntiAffinity: pods must be on different machines'),
     (

@@ -113,6 +113,7 @@ ERRORS = [
   ('save_steps=500', 'save_steps=often', ['save_steps', 'whole number']),
   (r'intra=\$\(CPUS\)', 'intra=64', ['intra']),
   (r'values: \[2\]', 'values: [1]', ['podFailurePolicy']),
+  ('action: FailJob\n', 'action: Ignore\n', ['podFailurePolicy']),
   ('podReplacementPolicy: Failed', 'podReplacementPolicy: TerminatingOrFailed', ['podReplacementPolicy']),
 ]
 OF_JOBSETS = [
@@ -147,7 +148,6 @@ OF_JOBS = [
   ('backoffLimitPerIndex: 10', 'backoffLimitPerIndex: 0', ['backoffLimitPerIndex']),
   ('backoffLimitPerIndex: 10', 'backoffLimitPerIndex: ten', ['backoffLimitPerIndex', 'integer']),
   ('maxFailedIndexes: 0', 'maxFailedIndexes: 9', ['maxFailedIndexes']),
-  ('type: DisruptionTarget', 'type: Ready', ['podFailurePolicy']),
 ]
 OF_PVC = [
   ('kind: PersistentVolumeClaim', 'kind: PersistentVolumClaim', ['PersistentVolumClaim']),
