@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
   c.model.top_mlp = (512, 256)  # units per hidden layer: Dense, ReLU; one logit follows
   c.model.batch_norm = True  # in the bottom MLP, after the ReLU
   c.model.interaction = 'cat'  # cat: concatenate; dot: also all dot products between the 27 vectors
+  c.model.shard_kb = 0.0  # several devices share out parameters of so many KB or more; 0: every one holds all of them
   c.model.dtype = 'float32'  # operands of the MLPs' matrix products: float32 or bfloat16 (sums are always float32)
 
   # The embedding tables.

@@ -75,6 +75,7 @@ class ModelSpec:
   top_mlp: tuple[int, ...] = _each_at_least(1, 'must be one or more layer sizes of at least 1')
   batch_norm: bool
   interaction: str = _one_of('cat', 'dot')
+  shard_kb: float = _at_least(0)
   dtype: str = _one_of('float32', 'bfloat16')
 
 

@@ -26,7 +26,8 @@ def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[Train
   """The state after one update, and the batch's mean loss and number of examples."""
   tables, known, found = program.embeddings.resolve(state.tables, state.known, batch, state.step)
   vectors = program.embeddings.lookup(tables, found)
-  loss, (params_gradient, vectors_gradient), batch_stats = gradients(program, state, vectors, batch)
+  whole = state.replace(params=whole_params(program, state.params))
+  loss, (params_gradient, vectors_gradient), batch_stats = gradients(program, whole, vectors, batch)
   updates, opt_state = program.dense_tx.update(params_gradient, state.opt_state, state.params)
   new_state = TrainState(
     step=state.step + 1,
@@ -65,8 +66,28 @@ def gradients(
   )
   (bottom_gradient,) = bottom_vjp(h_gradient)
   params_gradient = jax.tree.map(jnp.add, bottom_gradient, top_gradient)
-  loss, params_gradient = program.axis.sum_flat((loss, params_gradient))
+  loss, params_gradient = summed(program, loss, params_gradient)
   return loss, (params_gradient, vectors_gradient), batch_stats
+
+
+def whole_params(program: Program, params: Any) -> Any:
+  """The network's parameters, of which every device may have a part."""
+  if not program.axis.mesh:
+    return params
+  whole = lambda spec, leaf: program.axis.gather(leaf) if spec == CUT else leaf
+  return jax.tree.map(whole, state_specs(program).params, params)
+
+
+def summed(program: Program, loss: Array, gradient: Any) -> tuple[Array, Any]:
+  """Loss and gradient of the whole batch; of a parameter that is cut, this device's part."""
+  if not program.axis.mesh:
+    return loss, gradient
+  leaves, structure = jax.tree.flatten(gradient)
+  cut = [spec == CUT for spec in structure.flatten_up_to(state_specs(program).params)]
+  parts = [program.axis.scatter_sum(leaf) for leaf, is_cut in zip(leaves, cut, strict=True) if is_cut]
+  loss, *wholes = program.axis.sum_flat([loss, *(leaf for leaf, is_cut in zip(leaves, cut, strict=True) if not is_cut)])
+  order = iter(parts), iter(wholes)
+  return loss, structure.unflatten([next(order[0] if is_cut else order[1]) for is_cut in cut])
 
 
 def _over_slices(
@@ -101,7 +122,7 @@ def _over_slices(
 def logits(program: Program, state: TrainState, batch: Batch) -> Float[Array, 'B']:
   """Logits of this device's batch with the running batch statistics; the state is read only."""
   vectors = program.embeddings.lookup(state.tables, program.embeddings.find(state.known, batch))
-  variables = {'params': state.params, 'batch_stats': state.batch_stats}
+  variables = {'params': whole_params(program, state.params), 'batch_stats': state.batch_stats}
   return program.model.apply(variables, batch.dense, vectors, batch.weight, False)
 
 

@@ -25,6 +25,7 @@ CASES = {
   'static': CUT_ALL,
   'bfloat16': CUT_ALL | {'embedding__dtype': 'bfloat16'},
   'all rows': CUT_ALL | {'optimizer__table_update': 'all', 'optimizer__name': 'adam'},
+  'network': CUT_ALL | {'model__shard_kb': 0.01, 'optimizer__name': 'adagraddecay'},
   'dot, slices': CUT_ALL | {'model__interaction': 'dot', 'micro_batch': 2},
   'dynamic': DYNAMIC,
   'counter': DYNAMIC | COUNTER,
@@ -122,6 +123,16 @@ def test_every_device_has_an_equal_part_of_the_rows():
     assert {shard.data.shape[0] for shard in leaf.addressable_shards} == {leaf.shape[0] // 4}
   assert all(shard.data.shape == state.params['logit_kernel'].shape
              for shard in state.params['logit_kernel'].addressable_shards)  # fmt: skip
+
+
+def test_large_parameters_and_their_slots_are_cut():
+  program = make_program(small_spec('data', 'result', model__shard_kb=0.4), devices(4))
+  state = init_state(program)
+  for name, whole in state.params['bottom_mlp'].items():
+    large = whole.size * 4 >= 0.4 * 1024 and whole.shape[0] % 4 == 0
+    for leaf in (whole, state.opt_state.m['bottom_mlp'][name]):
+      assert {shard.data.shape[0] for shard in leaf.addressable_shards} == {leaf.shape[0] // (4 if large else 1)}
+  assert state.params['bottom_mlp']['kernel_1'].addressable_shards[0].data.shape == (4, 8)
 
 
 @pytest.mark.parametrize('parts', [1, PARTS])

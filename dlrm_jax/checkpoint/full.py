@@ -36,11 +36,12 @@ MODEL_FIELDS = (
   'embedding.dtype',
   'embedding.buckets',
   'embedding.fusion',
+  'embedding.shard_mb',
   'optimizer.name',
   *KEYED_FIELDS,
 )
-# Precision is how a model computes, not what it is: bf16 may go on from f32.
-FREE_FIELDS = ('model.dtype', 'embedding.width.every')
+# How a model computes, not what it is: bf16 may go on from f32.
+FREE_FIELDS = ('model.dtype', 'model.shard_kb', 'embedding.width.every')
 
 
 class CheckpointError(ValueError):

@@ -13,13 +13,14 @@ from dlrm_jax.spec import EmbeddingSpec
 # divides this one: 1 to 6, 8, 10, 12, 15, 16, 20, 24, 30, 32, 40, 48, 60, 64, 80, 96, ...
 PARTS = 960
 BLOCK = 64  # rows that stay together: the vectors of 16 numbers of one page of memory
+STRIDE = 593  # PARTS / the golden ratio: a few blocks, one after another, are spread evenly over any number of devices
 
 
 @dataclasses.dataclass(frozen=True)
 class TableLayout:
   """One table: its columns (places in Batch.bucket) have their rows under each other in this order.
 
-  In memory the rows of a table of several parts are dealt out to them in blocks, one block to each in turn: without
+  In memory the rows of a table of several parts are dealt out to them in blocks, each part's turn coming once: without
   that, all columns of few buckets, which most lookups are for, would live on one device. So where a row stands depends
   on the table alone and not on the number of devices.
   """
@@ -49,14 +50,15 @@ class TableLayout:
     if self.parts == 1:
       return row
     block, inside = row // BLOCK, row % BLOCK
-    return (block % self.parts * (self.rows // BLOCK // self.parts) + block // self.parts) * BLOCK + inside
+    part, turns = block % self.parts * STRIDE % self.parts, self.rows // BLOCK // self.parts
+    return (part * turns + block // self.parts) * BLOCK + inside
 
   def origin(self, row: Int32[Array, 'N']) -> tuple[Int32[Array, 'N'], Int32[Array, 'N']]:
     """Whose rows stand at these places in memory: (column, bucket). What only fills up counts on in the last column."""
     if self.parts > 1:
       block, inside = row // BLOCK, row % BLOCK
       turns = self.rows // BLOCK // self.parts
-      row = (block % turns * self.parts + block // turns) * BLOCK + inside
+      row = (block % turns * self.parts + block // turns * pow(STRIDE, -1, self.parts) % self.parts) * BLOCK + inside
     place = jnp.sum(row[:, None] >= self.offsets[None], axis=1) - 1
     return jnp.array(self.columns, jnp.int32)[place], row - jnp.asarray(self.offsets)[place]
 
