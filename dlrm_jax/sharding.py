@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int32
 
 NAME = 'devices'
@@ -26,7 +26,7 @@ WHOLE = PartitionSpec()  # every device has all of it
 class Axis:
   """The devices of a mesh with one axis, in order; without a mesh, one device."""
 
-  mesh: Mesh | None = None
+  mesh: Mesh | AbstractMesh | None = None
 
   @property
   def size(self) -> int:
