@@ -62,11 +62,11 @@ class Static:
     """Evaluation's lookups: nothing changes."""
     return Found(tables.resolve(self.layout, batch.bucket, batch.weight))
 
-  def lookup(self, tables_: Tables, found: Found) -> Float[Array, 'B 26 D']:
+  def lookup(self, tables_: Tables, found: Found) -> Float[Array, 'B F D']:
     """Vectors, columns in natural order; no row reads as zero."""
     return tables.lookup(self.layout, tables_, found.rows, self.rows)
 
-  def update(self, tables_: Tables, found: Found, gradient: Float[Array, 'B 26 D'], step: Int32[Array, '']) -> Tables:
+  def update(self, tables_: Tables, found: Found, gradient: Float[Array, 'B F D'], step: Int32[Array, '']) -> Tables:
     """The tables after the gradients of what was looked up."""
     update = lambda table, row, grad: self.update_table(table, row, grad, step=step)
     return tables.update(self.layout, update, tables_, found.rows, gradient)
@@ -218,6 +218,3 @@ def counted(counts: Counts, wanted: Array, found: Resolved) -> Counts:
 def masked(vectors: Float[Array, 'B F D'], mask: Any) -> Float[Array, 'B F D']:
   """Vectors, or gradients, where the mask is 1."""
   return vectors * mask if isinstance(mask, Array) else vectors
-
-
-KINDS = {'static': Static, 'dynamic': Dynamic, 'adaptive': Adaptive}

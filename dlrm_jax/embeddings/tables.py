@@ -46,20 +46,20 @@ def _fill(value: Array, key: Array, start: Array, rows: int) -> Array:
   return jax.lax.dynamic_update_slice(value, new, (start, 0))
 
 
-def resolve(layout: Layout, bucket: UInt32[Array, 'B 26'], weight: Float[Array, 'B']) -> dict[str, Array]:
+def resolve(layout: Layout, bucket: UInt32[Array, 'B F'], weight: Float[Array, 'B']) -> dict[str, Array]:
   """Rows i32[B, columns] of a batch in each table."""
   return {name: table.resolve(bucket, weight) for name, table in layout.items()}
 
 
 def lookup(
   layout: Layout, tables: dict[str, Table], rows: dict[str, Array], kernels: RowKernels = XLA
-) -> Float[Array, 'B 26 D']:
-  """Vectors of a batch, columns in natural order C1..C26; no row reads as zero."""
+) -> Float[Array, 'B F D']:
+  """Vectors of a batch, columns in natural order C1, C2, ...; no row reads as zero."""
   return in_order(layout, {name: bits.widen(kernels.read(tables[name].value, rows[name])) for name in layout})
 
 
 def in_order(layout: Layout, parts: dict[str, Array]) -> Array:
-  """What is [B, columns, ...] for each table as [B, 26, ...], columns in natural order C1..C26."""
+  """What is [B, columns, ...] for each table as [B, F, ...], columns in natural order C1, C2, ..."""
   if len(parts) == 1:
     return next(iter(parts.values()))
   order = [column for table in layout.values() for column in table.columns]
@@ -72,7 +72,7 @@ def update(
   step: Callable[[Table, Array, Array], Table],
   tables: dict[str, Table],
   rows: dict[str, Array],
-  gradient: Float[Array, 'B 26 D'],
+  gradient: Float[Array, 'B F D'],
 ) -> dict[str, Table]:
   """The tables after `step(table, row[N], gradient[N, D])` saw the gradients of what was looked up in each."""
   return {
