@@ -68,7 +68,7 @@ def get_config() -> ConfigDict:
   c.embedding.multi_hash = ConfigDict()
   c.embedding.multi_hash.operation = 'mul'  # add; mul: remainder * (1 + quotient); concat: dim/2 numbers of each
   c.embedding.multi_hash.remainder_rows = 0  # m; 0: the square root of a column's buckets, which makes the fewest rows
-  c.embedding.multi_hash.full_below = 200  # columns of fewer buckets, and those that would save none, have a row for each
+  c.embedding.multi_hash.full_below = 200  # columns of fewer buckets, or that would save none, keep a row for each
 
   # Embedding variables: kinds dynamic and adaptive.
   c.embedding.rows = 1 << 20  # of the first directory, over all columns; it doubles when it is full

@@ -20,9 +20,9 @@ from dlrm_jax.embeddings.layout import static_layout
 from dlrm_jax.spec import COLUMNS, EmbeddingSpec
 from dlrm_jax.structs import Batch
 
-# (row of the remainder, row of the quotient) -> vector. In a product the quotient's row is what its factor has beyond 1:
-# so it begins as any other row does, and the first products spread as the rows of a static table do, where those of two
-# such rows would be near 0; and l2 pulls the factor to 1.
+# (row of the remainder, row of the quotient) -> vector. In a product the quotient's row is what its factor has beyond
+# 1. So it begins as any other row does, and the first products spread as the rows of a static table do, where those of
+# two such rows would be near 0; and l2 pulls the factor to 1.
 OPERATIONS: dict[str, Callable[[Array, Array], Array]] = {
   'add': lambda remainder, quotient: remainder + quotient,
   'mul': lambda remainder, quotient: remainder * (1 + quotient),
