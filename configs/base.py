@@ -55,8 +55,9 @@ def get_config() -> ConfigDict:
 
   # The embedding tables.
   c.embedding = ConfigDict()
-  # static: row = Fingerprint64(string) mod buckets; dynamic: embedding variables, a row for each id that comes, without
-  # buckets; adaptive: a dynamic row for an id that admission lets in, and before that the shared row of its bucket.
+  # static: row = Fingerprint64(string) mod buckets; multi_hash: two rows of shorter tables stand for that row; dynamic:
+  # embedding variables, a row for each id that comes, without buckets; adaptive: a dynamic row for an id that admission
+  # lets in, and before that the shared row of its bucket.
   c.embedding.kind = 'static'
   c.embedding.dim = 16  # width of a vector
   c.embedding.buckets = BUCKETS  # rows of C1..C26; a tuple of one number stands for 26 times that number
@@ -64,6 +65,12 @@ def get_config() -> ConfigDict:
   c.embedding.fusion = True  # True: one table for all 26 columns; False: one each. Same numbers
   c.embedding.l2 = 0.0  # adds l2 * vector to the gradient of every touched row, once a step
   c.embedding.shard_mb = 8.0  # several devices share out tables whose vectors have so many MB; all hold smaller ones
+
+  # Kind multi_hash: a vector is made of the rows of bucket mod m and of bucket // m; no two buckets share both.
+  c.embedding.multi_hash = ConfigDict()
+  c.embedding.multi_hash.operation = 'mul'  # add; mul: remainder * (1 + quotient); concat: dim/2 numbers of each
+  c.embedding.multi_hash.remainder_rows = 0  # m; 0: the square root of a column's buckets, which makes the fewest rows
+  c.embedding.multi_hash.full_below = 200  # columns of fewer buckets, or that would save none, keep a row for each
 
   # Embedding variables: kinds dynamic and adaptive.
   c.embedding.rows = 1 << 20  # of the first directory, over all columns; it doubles when it is full

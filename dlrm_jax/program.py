@@ -8,8 +8,9 @@ from typing import Any
 import optax
 
 from dlrm_jax.embeddings.admission import ADMISSIONS
-from dlrm_jax.embeddings.kinds import KINDS, Static
+from dlrm_jax.embeddings.kinds import Adaptive, Dynamic, Static
 from dlrm_jax.embeddings.layout import TableLayout, static_layout
+from dlrm_jax.embeddings.multi_hash import multi_hash
 from dlrm_jax.embeddings.update import UPDATES
 from dlrm_jax.model import layers
 from dlrm_jax.model.dlrm import DLRM
@@ -53,6 +54,9 @@ def make_program(spec: Spec, axis: Axis = ALONE) -> Program:
     native=native,
     axis=axis,
   )
+
+
+KINDS = {'static': Static, 'multi_hash': multi_hash, 'dynamic': Dynamic, 'adaptive': Adaptive}
 
 
 def embeddings_of(

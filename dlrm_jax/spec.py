@@ -110,10 +110,19 @@ class WidthSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class MultiHashSpec:
+  """How two rows make a vector, and how many there are."""
+
+  operation: str = _one_of('add', 'mul', 'concat')
+  remainder_rows: int = _between(0, 2**31)
+  full_below: int = _between(0, 2**31)
+
+
+@dataclasses.dataclass(frozen=True)
 class EmbeddingSpec:
   """The embedding tables."""
 
-  kind: str = _one_of('static', *KEYED)
+  kind: str = _one_of('static', 'multi_hash', *KEYED)
   dim: int = _at_least(1)
   buckets: tuple[int, ...] = _field(
     (
@@ -125,6 +134,7 @@ class EmbeddingSpec:
   fusion: bool
   l2: float = _at_least(0)
   shard_mb: float = _at_least(0)
+  multi_hash: MultiHashSpec
   rows: int = _between(1, 2**30)
   memory_gb: float = _at_least(0)
   at_limit: str = _one_of('refuse', 'evict')
@@ -321,6 +331,8 @@ def _check_embedding(spec: Spec) -> None:
           f'config.embedding.{name}={value!r}: tables of kind {embedding.kind!r} know no ids; set it to {only!r}, or '
           f"config.embedding.kind='dynamic'"
         )
+    if embedding.kind == 'multi_hash':
+      _check_multi_hash(embedding)
     return
   if spec.steps >= MOST_STEPS:
     raise SpecError(f'config.steps={spec.steps}: a directory of ids counts less than {MOST_STEPS} steps; set fewer')
@@ -347,6 +359,20 @@ def _check_embedding(spec: Spec) -> None:
   if embedding.at_limit == 'evict' and not embedding.memory_gb:
     raise SpecError(
       "config.embedding.at_limit='evict': there is no limit to reach; set config.embedding.memory_gb to one"
+    )
+
+
+def _check_multi_hash(embedding: EmbeddingSpec) -> None:
+  joined, total = embedding.multi_hash.operation == 'concat', sum(embedding.buckets)
+  if joined and embedding.dim % 2:
+    raise SpecError(
+      f"config.embedding.dim={embedding.dim}: multi_hash.operation='concat' joins two halves; set an even number"
+    )
+  # A column may keep a row for each id, of concat twice, else with one more.
+  if total >= (2**30 if joined else 2**31 - COLUMNS):
+    raise SpecError(
+      f'config.embedding.buckets: {total} in all, which multi_hash.operation={embedding.multi_hash.operation!r} could '
+      'make 2**31 rows or more; set fewer'
     )
 
 

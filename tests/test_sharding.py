@@ -27,6 +27,7 @@ CASES = {
   'all rows': CUT_ALL | {'optimizer__table_update': 'all', 'optimizer__name': 'adam'},
   'network': CUT_ALL | {'model__shard_kb': 0.01, 'optimizer__name': 'adagraddecay'},
   'dot, slices': CUT_ALL | {'model__interaction': 'dot', 'micro_batch': 2},
+  'multi-hash': CUT_ALL | {'embedding__kind': 'multi_hash', 'embedding__multi_hash__full_below': 0},
   'dynamic': DYNAMIC,
   'counter': DYNAMIC | COUNTER,
   'bloom': DYNAMIC | COUNTER | {'embedding__admission__name': 'counting_bloom'},

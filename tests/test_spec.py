@@ -12,7 +12,8 @@ from dlrm_jax.embeddings import directory
 
 EXPERIMENTS = [
   'adagrad', 'adagraddecay', 'adam', 'adamasync', 'adaptive', 'base', 'baseline', 'bf16', 'bf16_tables', 'bloom',
-  'counter', 'deeprec', 'dot', 'dynamic', 'expiring', 'gradientdescent', 'micro_batch', 'narrowing', 'quickstart',
+  'counter', 'deeprec', 'dot', 'dynamic', 'expiring', 'gradientdescent', 'micro_batch', 'multi_hash', 'narrowing',
+  'quickstart',
 ]  # fmt: skip
 
 
@@ -77,6 +78,9 @@ def test_a_single_number_of_buckets_stands_for_all_columns():
     ('embedding.eviction.name', 'l2', ['eviction.name', 'know no ids']),
     ('embedding.eviction.steps_to_live', 0, ['steps_to_live=0', 'at least 1']),
     ('embedding.width.name', 'dynamic', ['width.name', 'know no ids']),
+    ('embedding.multi_hash.operation', 'sub', ["operation='sub'", 'add, mul, concat']),
+    ('embedding.multi_hash.remainder_rows', -1, ['remainder_rows=-1', 'at least 0']),
+    ('embedding.multi_hash.full_below', -1, ['full_below=-1', 'at least 0']),
     ('embedding.rows', 0, ['embedding.rows=0', 'at least 1']),
     ('embedding.memory_gb', -1.0, ['memory_gb=-1.0', 'at least 0']),
     ('embedding.at_limit', 'stop', ['at_limit', 'refuse, evict']),
@@ -114,6 +118,28 @@ def test_a_mistake_is_one_line_with_field_value_and_fix(field, value, words):
 def test_embedding_variables_that_do_not_fit_together(fields, words):
   config = base.get_config()
   config.update_from_flattened_dict({'embedding.kind': 'dynamic'} | {f'embedding.{n}': v for n, v in fields.items()})
+  with pytest.raises(specs.SpecError) as error:
+    specs.from_config(config)
+  assert '\n' not in str(error.value)
+  assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+  ('operation', 'fields', 'words'),
+  [
+    ('mul', {'admission.name': 'counter'}, ['admission.name', "'multi_hash'", "'always'"]),
+    ('add', {'eviction.name': 'l2'}, ['eviction.name', "'never'"]),
+    ('mul', {'width.name': 'dynamic'}, ['width.name', "'full'"]),
+    ('concat', {'dim': 15}, ['embedding.dim=15', 'concat', 'even']),
+    ('concat', {'buckets': (2**30 // 26 + 1,)}, ['embedding.buckets', 'concat', '2**31']),
+    ('add', {'buckets': (1,) * 25 + (2**31 - 26 - 25,)}, ['embedding.buckets', 'add', '2**31']),
+  ],
+)
+def test_multi_hash_tables_that_do_not_fit_together(operation, fields, words):
+  config = base.get_config()
+  config.embedding.kind, config.embedding.multi_hash.operation = 'multi_hash', operation
+  specs.from_config(config)
+  config.update_from_flattened_dict({f'embedding.{name}': value for name, value in fields.items()})
   with pytest.raises(specs.SpecError) as error:
     specs.from_config(config)
   assert '\n' not in str(error.value)

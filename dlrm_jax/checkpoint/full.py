@@ -38,6 +38,7 @@ MODEL_FIELDS = (
   'embedding.fusion',
   'embedding.shard_mb',
   'optimizer.name',
+  'embedding.multi_hash',
   *KEYED_FIELDS,
 )
 # How a model computes, not what it is: bf16 may go on from f32.
@@ -218,6 +219,8 @@ def check_same_model(saved: dict[str, Any], current: dict[str, Any], where: str)
     if name in FREE_FIELDS_OF_ADMISSION[current['embedding.admission.name']]:
       continue
     if name.startswith(KEYED_FIELDS) and not keyed:
+      continue
+    if name.startswith('embedding.multi_hash') and current['embedding.kind'] != 'multi_hash':
       continue
     if name == 'embedding.buckets' and current['embedding.kind'] == 'dynamic':
       continue

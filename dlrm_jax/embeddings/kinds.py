@@ -120,16 +120,16 @@ class Static:
     """What was read for everyone's lookups in a table, zeros where it was not here, as what this device's came to."""
     return self.axis.scatter_sum(values) if self.is_cut(name) else self.axis.own(values)
 
-  def lookup(self, tables_: Tables, found: Found) -> Float[Array, 'B 26 D']:
+  def lookup(self, tables_: Tables, found: Found) -> Float[Array, 'B F D']:
     """Vectors of this device's examples, columns in natural order; no row reads as zero."""
     return tables.lookup(self.layout, tables_, found.rows, self.rows, self.mine)
 
-  def update(self, tables_: Tables, found: Found, gradient: Float[Array, 'B 26 D'], step: Int32[Array, '']) -> Tables:
+  def update(self, tables_: Tables, found: Found, gradient: Float[Array, 'B F D'], step: Int32[Array, '']) -> Tables:
     """The tables after the gradients of what was looked up."""
     return self.updated(self.layout, tables_, found, self.axis.gather(gradient), step)
 
   def updated(
-    self, layout: tables.Layout, tables_: Tables, found: Found, gradient: Float[Array, 'B 26 D'], step: Array
+    self, layout: tables.Layout, tables_: Tables, found: Found, gradient: Float[Array, 'B F D'], step: Array
   ) -> Tables:
     """The tables of a layout after everyone's gradients."""
 
@@ -327,6 +327,3 @@ def together(axis: Axis, old: Vocabulary, new: Vocabulary) -> Vocabulary:
 def masked(vectors: Float[Array, 'B F D'], mask: Any) -> Float[Array, 'B F D']:
   """Vectors, or gradients, where the mask is 1."""
   return vectors * mask if isinstance(mask, Array) else vectors
-
-
-KINDS = {'static': Static, 'dynamic': Dynamic, 'adaptive': Adaptive}

@@ -40,7 +40,7 @@ class TableLayout:
     """First row of each column, before the rows are dealt out: i32[columns]."""
     return np.cumsum((0, *self.buckets[:-1])).astype(np.int32)
 
-  def resolve(self, bucket: UInt32[Array, 'B 26'], weight: Array) -> Int32[Array, 'B columns']:
+  def resolve(self, bucket: UInt32[Array, 'B F'], weight: Array) -> Int32[Array, 'B columns']:
     """Rows of a batch's buckets. Padding examples (weight 0) have no row, so that they touch nothing."""
     row = bucket[:, list(self.columns)].astype(jnp.int32) + self.offsets[None]
     return jnp.where(weight[:, None] > 0, self.dealt(row), self.rows)

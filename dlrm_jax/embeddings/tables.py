@@ -50,7 +50,7 @@ def init_table(
   return Table(value=value, slots=init_slots(tx, value), scratch=jnp.zeros(rows, jnp.int32))
 
 
-def resolve(layout: Layout, bucket: UInt32[Array, 'B 26'], weight: Float[Array, 'B']) -> dict[str, Array]:
+def resolve(layout: Layout, bucket: UInt32[Array, 'B F'], weight: Float[Array, 'B']) -> dict[str, Array]:
   """Rows i32[B, columns] of a batch in each table."""
   return {name: table.resolve(bucket, weight) for name, table in layout.items()}
 
@@ -61,8 +61,8 @@ def lookup(
   rows: dict[str, Array],
   kernels: RowKernels = XLA,
   collect: Callable[[str, Array], Array] = lambda name, vectors: vectors,
-) -> Float[Array, 'B 26 D']:
-  """Vectors of a batch, columns in natural order C1..C26; no row reads as zero.
+) -> Float[Array, 'B F D']:
+  """Vectors of a batch, columns in natural order C1, C2, ...; no row reads as zero.
 
   `collect` makes what was read in a table into the vectors of this device's examples.
   """
@@ -71,7 +71,7 @@ def lookup(
 
 
 def in_order(layout: Layout, parts: dict[str, Array]) -> Array:
-  """What is [B, columns, ...] for each table as [B, 26, ...], columns in natural order C1..C26."""
+  """What is [B, columns, ...] for each table as [B, F, ...], columns in natural order C1, C2, ..."""
   if len(parts) == 1:
     return next(iter(parts.values()))
   order = [column for table in layout.values() for column in table.columns]
@@ -84,7 +84,7 @@ def update(
   step: Callable[[str, Table, Array, Array], Table],
   tables: dict[str, Table],
   rows: dict[str, Array],
-  gradient: Float[Array, 'B 26 D'],
+  gradient: Float[Array, 'B F D'],
 ) -> dict[str, Table]:
   """The tables after `step(name, table, row[N], gradient[N, D])` saw the gradients of what was looked up in each."""
   return {
