@@ -129,7 +129,7 @@ class Checkpoints:
     template = jax.eval_shape(lambda: init_state(program))
     if template.known:
       saved = self._manager.item_metadata(step).state
-      template = as_saved(template, getattr(saved, 'tree', saved))
+      template = as_saved(template, getattr(saved, 'tree', saved), f'{self.folder}/{step}')
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     placed = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
     abstract = jax.tree.map(placed, to_dict(template))
@@ -165,15 +165,28 @@ def from_dict(template: TrainState, tree: dict[str, Any]) -> TrainState:
   return serialization.from_state_dict(template, {'known': {}} | tree | {'tables': tables})
 
 
-def as_saved(template: TrainState, metadata: Any) -> TrainState:
-  """The template with the shapes of a checkpoint: directories may have grown since they were begun."""
+def as_saved(template: TrainState, metadata: Any, where: str) -> TrainState:
+  """The template with the shapes of a checkpoint: directories may have grown since they were begun.
+
+  Raises CheckpointError for a checkpoint of another version of this program, which kept other arrays.
+  """
   tree = {name: serialization.to_state_dict(getattr(template, name)) for name in ('tables', 'known')}
   for table in tree['tables'].values():
     del table['scratch']
 
-  def shaped(part: Any, saved: Any) -> Any:
+  def shaped(part: Any, saved: Any, path: str = '') -> Any:
     if isinstance(part, dict):
-      return {name: shaped(child, saved[name]) if jax.tree.leaves(child) else child for name, child in part.items()}
+      saved = saved if isinstance(saved, dict) else {}
+      return {
+        name: shaped(child, saved.get(name), f'{path}.{name}') if jax.tree.leaves(child) else child
+        for name, child in part.items()
+      }
+    if saved is None or len(saved.shape) != part.ndim:
+      raise CheckpointError(
+        f'{where} is of another version of this program: its state{path} is '
+        f'{"missing" if saved is None else f"of shape {tuple(saved.shape)}"}, where this version has {part.shape}; go '
+        'on with that version, or set config.checkpoint to another folder'
+      )
     return jax.ShapeDtypeStruct(tuple(saved.shape), part.dtype)
 
   tree = shaped(tree, metadata)

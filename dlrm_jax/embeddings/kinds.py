@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
@@ -15,15 +16,16 @@ from jaxtyping import Float, Int32
 
 from dlrm_jax.embeddings import tables
 from dlrm_jax.embeddings.adaptive import initial_from, shared_rows
-from dlrm_jax.embeddings.admission import Admission, Resolved
+from dlrm_jax.embeddings.admission import Admission
+from dlrm_jax.embeddings.counts import counted, no_counts
 from dlrm_jax.embeddings.directory import Ids, find, make_directory, rows_of
 from dlrm_jax.embeddings.dynamic import initial_vectors, make_table, start_rows, take
 from dlrm_jax.embeddings.layout import TableLayout
 from dlrm_jax.embeddings.width import blocks_of, make_widths, mask
 from dlrm_jax.native.directory import DirectoryKernels
 from dlrm_jax.native.rows import RowKernels
-from dlrm_jax.spec import EmbeddingSpec
-from dlrm_jax.structs import Batch, Counts, Table, Vocabulary
+from dlrm_jax.spec import COLUMNS, EmbeddingSpec
+from dlrm_jax.structs import Batch, Table, Vocabulary
 
 Tables = dict[str, Table]
 Vocabularies = dict[str, Vocabulary]
@@ -81,21 +83,19 @@ class Dynamic(Static):
 
   def init(self) -> tuple[Tables, Vocabularies]:
     """See `Static.init`."""
-    known = {name: self.vocabulary(self.spec.rows * len(t.columns) // 26) for name, t in self.layout.items()}
+    known = {name: self.vocabulary(table) for name, table in self.layout.items()}
     own = {
       name: make_table(rows_of(vocabulary.directory), self.spec.dim, self.tx, self.spec.dtype)
       for name, vocabulary in known.items()
     }
     return own, known
 
-  def vocabulary(self, rows: int) -> Vocabulary:
-    """An empty one of so many rows, or a few more."""
-    directory, width = make_directory(max(rows, 1)), self.spec.width
+  def vocabulary(self, table: TableLayout) -> Vocabulary:
+    """An empty one with the table's share of the rows, or a few more."""
+    columns, width = len(table.columns), self.spec.width
+    directory = make_directory(max(self.spec.rows * columns // COLUMNS, 1))
     widths = make_widths(directory, width.blocks) if width.name == 'dynamic' else ()
-    # Five arrays, not one five times: a step writes into each of them.
-    zeros = (jnp.zeros((), jnp.uint32) for _ in range(5))
-    counts = Counts(*zeros, asked=jnp.zeros(2, jnp.uint32))
-    return Vocabulary(directory=directory, filter=self.admission.init(), widths=widths, counts=counts)
+    return Vocabulary(directory=directory, filter=self.admission.init(), widths=widths, counts=no_counts(columns))
 
   def resolve(
     self, tables_: Tables, known: Vocabularies, batch: Batch, step: Int32[Array, '']
@@ -107,7 +107,8 @@ class Dynamic(Static):
       directory, remembered, found = self.admission.resolve(old.directory, old.filter, ids, wanted, step)
       initial = self.initial(name, tables_, ids, batch)
       tables_[name] = start_rows(self.tx, tables_[name], found.row, found.fresh, found.count, initial, self.rows)
-      known[name] = old.replace(directory=directory, filter=remembered, counts=counted(old.counts, wanted, found))
+      counts = jax.tree.map(jnp.add, old.counts, counted(table.columns, ids, wanted, found))
+      known[name] = old.replace(directory=directory, filter=remembered, counts=counts)
       rows[name] = found.row.reshape(batch.weight.shape[0], -1)
     return tables_, known, self.found(known, batch, rows)
 
@@ -202,17 +203,6 @@ def ids_of(batch: Batch, table: TableLayout) -> Ids:
 def wanted_of(batch: Batch, table: TableLayout) -> Array:
   """Which of these are of examples, not of padding: bool[N]."""
   return jnp.repeat(batch.weight > 0, len(table.columns))
-
-
-def counted(counts: Counts, wanted: Array, found: Resolved) -> Counts:
-  """The counts after one more batch."""
-  number = lambda lanes: jnp.sum(lanes, dtype=jnp.uint32)
-  return counts.replace(
-    lookups=counts.lookups + number(wanted),
-    admitted=counts.admitted + found.count.astype(jnp.uint32),
-    refused=counts.refused + number(found.refused),
-    unplaced=counts.unplaced + number(found.unplaced),
-  )
 
 
 def masked(vectors: Float[Array, 'B F D'], mask: Any) -> Float[Array, 'B F D']:
