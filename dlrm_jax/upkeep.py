@@ -226,7 +226,7 @@ def per_column(program: Program, state: TrainState) -> dict[str, float | int]:
     columns = [CATEGORIES[column] for column in layout.columns]
     for part, values in parts.items():
       numbers |= {f'{part}_{column}': value for column, value in zip(columns, np.asarray(values).tolist(), strict=True)}
-    row = bytes_per_row(state.tables[name], known)
+    row = bytes_per_row(directories.rows_of(known.directory), (state.tables[name], known.widths))
     for column in columns:
       waiting = numbers.get(f'waiting_{column}', 0)
       numbers[f'memory_gb_{column}'] = (numbers[f'ids_{column}'] * row + waiting * directories.BYTES_PER_ROW) / 1e9
@@ -234,10 +234,9 @@ def per_column(program: Program, state: TrainState) -> dict[str, float | int]:
   return numbers
 
 
-def bytes_per_row(table: Table, known: Vocabulary) -> int:
-  """Memory of a row of a table, with its slots and all that is known of its id."""
-  rows = directories.rows_of(known.directory)
-  per_row = [leaf for leaf in jax.tree.leaves((table, known.widths)) if leaf.shape[:1] == (rows,)]
+def bytes_per_row(rows: int, tree: Any) -> int:
+  """Memory of a row of a table of embedding variables: its id's, and that of the arrays in `tree` that are per row."""
+  per_row = [leaf for leaf in jax.tree.leaves(tree) if leaf.shape[:1] == (rows,)]
   return bytes_of(per_row) // rows + directories.BYTES_PER_ROW
 
 

@@ -217,7 +217,7 @@ def resized(program: Program, state: TrainState, saved: dict[str, Any]) -> Train
 
 def check_same_model(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:
   """Raises CheckpointError naming the first field in which a checkpoint's model differs from the configured one."""
-  saved, current = _flat(saved), _flat(current)
+  saved, current = flat(saved), flat(current)
   keyed = current['embedding.kind'] in specs.KEYED
   for name in current:
     if name in FREE_FIELDS_OF_ADMISSION[current['embedding.admission.name']]:
@@ -234,14 +234,15 @@ def check_same_model(saved: dict[str, Any], current: dict[str, Any], where: str)
       )
 
 
-def _flat(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-  flat = {}
+def flat(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+  """The fields of a config by their dotted names; tuples as lists, which is what JSON has."""
+  fields = {}
   for name, value in tree.items():
     if isinstance(value, dict):
-      flat |= _flat(value, f'{prefix}{name}.')
+      fields |= flat(value, f'{prefix}{name}.')
     else:
-      flat[prefix + name] = list(value) if isinstance(value, tuple) else value
-  return flat
+      fields[prefix + name] = list(value) if isinstance(value, tuple) else value
+  return fields
 
 
 def first_line(error: BaseException) -> str:
