@@ -90,7 +90,9 @@ def test_tables_grow_until_all_ids_have_their_row(criteo, tmp_path, caplog):
   *_, before, last, evaluation = lines
   assert before['lookups_unplaced'] == last['lookups_unplaced']
   assert last['ids'] == sum(evaluation[f'ids_C{column + 1}'] for column in range(COLUMNS)) == known.directory.used
-  assert evaluation['ids_C1'] == 4
+  assert evaluation['ids_C1'] == evaluation['admitted_C1'] == 4
+  assert evaluation['lookups_C1'] == 5 * 600
+  assert evaluation['load_fused'] == last['load']
   assert evaluation['auc'] > 0.8
 
 
