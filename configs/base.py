@@ -62,6 +62,7 @@ def get_config() -> ConfigDict:
   c.embedding.dtype = 'float32'  # of rows and slots; bfloat16: half the memory, rounded at random when written
   c.embedding.fusion = True  # True: one table for all 26 columns; False: one each. Same numbers
   c.embedding.l2 = 0.0  # adds l2 * vector to the gradient of every touched row, once a step
+  c.embedding.shard_mb = 8.0  # several devices share out tables whose vectors have so many MB; all hold smaller ones
 
   # Embedding variables: kinds dynamic and adaptive.
   c.embedding.rows = 1 << 20  # of the first directory, over all columns; it doubles when it is full

@@ -26,13 +26,16 @@ def setup_logging() -> None:
 
 
 class Records:
-  """metrics.jsonl and event files of a run in `folder`. A context manager.
+  """metrics.jsonl and event files of a run in `folder`, or nothing where it is None. A context manager.
 
   A run that resumes at `step` goes on in the same files; what an earlier process wrote after that step is dropped,
   since those steps are trained again.
   """
 
-  def __init__(self, folder: Path, step: int) -> None:
+  def __init__(self, folder: Path | None, step: int) -> None:
+    self._file, self._events = None, None
+    if folder is None:
+      return
     path = folder / 'metrics.jsonl'
     kept = [line for line in _lines(path) if json.loads(line)['step'] <= step]
     path.write_text(''.join(kept))
@@ -44,11 +47,14 @@ class Records:
     return self
 
   def __exit__(self, *_: object) -> None:
-    self._file.close()
-    self._events.close()
+    for each in (self._file, self._events):
+      if each:
+        each.close()
 
   def write(self, kind: str, step: int, scalars: Scalars) -> None:
     """One line and one point per scalar. `kind` is train or eval."""
+    if not self._file:
+      return
     self._file.write(json.dumps({'step': step, 'kind': kind, 'time': round(time.time(), 3), **scalars}) + '\n')
     for name, value in scalars.items():
       if value is not None:

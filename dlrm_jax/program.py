@@ -17,6 +17,7 @@ from dlrm_jax.native import build, directory, rows
 from dlrm_jax.native.rows import RowKernels
 from dlrm_jax.optim import OPTIMIZERS, dense_transform
 from dlrm_jax.optim.schedules import LearningRate, schedule
+from dlrm_jax.sharding import ALONE, Axis
 from dlrm_jax.spec import KEYED, OptimizerSpec, Spec
 from dlrm_jax.structs import Table
 
@@ -30,10 +31,11 @@ class Program:
   dense_tx: optax.GradientTransformation
   embeddings: Static  # or a kind of tables that is made from it
   native: build.Native
+  axis: Axis
 
 
-def make_program(spec: Spec) -> Program:
-  """The program of an experiment."""
+def make_program(spec: Spec, axis: Axis = ALONE) -> Program:
+  """The program of an experiment on the devices of an axis."""
   options, rate = spec.optimizer, learning_rate(spec.optimizer)
   make = OPTIMIZERS[options.name]
   native = build.choose(spec.native)
@@ -45,10 +47,11 @@ def make_program(spec: Spec) -> Program:
   update_table = functools.partial(UPDATES[options.table_update], table_tx, l2=spec.embedding.l2, kernels=kernels)
   return Program(
     spec=spec,
-    model=DLRM(spec.model, layers.NATIVE if native.ready else layers.XLA),
+    model=DLRM(spec.model, layers.NATIVE if native.ready else layers.XLA, axis),
     dense_tx=dense_transform(dense_tx, rate, options.weight_decay),
-    embeddings=embeddings_of(spec, layout, table_tx, update_table, kernels, native.ready),
+    embeddings=embeddings_of(spec, layout, table_tx, update_table, kernels, axis, native.ready),
     native=native,
+    axis=axis,
   )
 
 
@@ -58,11 +61,12 @@ def embeddings_of(
   tx: optax.GradientTransformation,
   update_table: Callable[..., Table],
   row_kernels: RowKernels,
+  axis: Axis,
   native: bool,
 ) -> Static:
   """The kind of tables that a spec names."""
   embedding = spec.embedding
-  parts = embedding, layout, tx, update_table, row_kernels, spec.seed
+  parts = embedding, layout, tx, update_table, row_kernels, spec.seed, axis
   if embedding.kind not in KEYED:
     return KINDS[embedding.kind](*parts)
   kernels = directory.NATIVE if native else directory.XLA

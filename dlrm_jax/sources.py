@@ -1,6 +1,7 @@
 """The data of a run: what a spec names, opened, and where in it a run stands."""
 
 import dataclasses
+import functools
 import logging
 import os
 from typing import Any
@@ -12,6 +13,7 @@ from dlrm_jax.data.cache import index_cached
 from dlrm_jax.data.index import FileIndex, index_files
 from dlrm_jax.data.schema import DataError, DataSpec
 from dlrm_jax.data.stage import Staged, stage
+from dlrm_jax.sharding import ALONE, Axis
 from dlrm_jax.spec import KEYED, Spec
 
 Position = dict[str, int]  # {'epoch', 'position'}: epochs done, rows of the next one done
@@ -51,16 +53,22 @@ def open_sources(spec: Spec) -> Sources:
   return sources
 
 
-def train_batches(sources: Sources, spec: Spec, position: Position) -> Staged:
-  """(batch on the device, position after it), from `position` on without end. A context manager and iterator."""
-  batches = pipeline.train_batches(sources.train, sources.reading, spec.batch_size, spec.seed, state=position)
-  return stage(batches, jax.device_put, STAGE_DEPTH, background=spec.smartstaged)
+def train_batches(sources: Sources, spec: Spec, position: Position, axis: Axis = ALONE) -> Staged:
+  """(batch on the devices, position after it), from `position` on without end. A context manager and iterator."""
+  share = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
+  batches = pipeline.train_batches(sources.train, sources.reading, spec.batch_size, spec.seed, **share, state=position)
+  place = functools.partial(axis.put, multiple=spec.micro_batch)
+  return stage(batches, place, STAGE_DEPTH, background=spec.smartstaged)
 
 
-def eval_batches(sources: Sources, spec: Spec) -> Staged:
-  """(batch on the device, position after it), once over the evaluation data. A context manager and iterator."""
-  batches = pipeline.eval_batches(sources.eval, sources.reading, spec.batch_size)
-  return stage(batches, jax.device_put, STAGE_DEPTH, background=spec.smartstaged)
+def eval_batches(sources: Sources, spec: Spec, axis: Axis = ALONE) -> Staged:
+  """(batch on the devices, position after it), once over the evaluation data. A context manager and iterator.
+
+  Every device gets `spec.batch_size` examples, however many devices there are: the same shapes, so the same logits.
+  """
+  share = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
+  batches = pipeline.eval_batches(sources.eval, sources.reading, spec.batch_size * axis.size, **share)
+  return stage(batches, axis.put, STAGE_DEPTH, background=spec.smartstaged)
 
 
 def remaining_batches(sources: Sources, spec: Spec, position: Position) -> int:

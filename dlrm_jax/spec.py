@@ -123,6 +123,7 @@ class EmbeddingSpec:
   dtype: str = _one_of('float32', 'bfloat16')
   fusion: bool
   l2: float = _at_least(0)
+  shard_mb: float = _at_least(0)
   rows: int = _between(1, 2**30)
   memory_gb: float = _at_least(0)
   at_limit: str = _one_of('refuse', 'evict')

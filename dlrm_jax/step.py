@@ -12,6 +12,8 @@ from jaxtyping import Float
 
 from dlrm_jax.model.loss import cross_entropy
 from dlrm_jax.program import Program
+from dlrm_jax.sharding import CUT, WHOLE
+from dlrm_jax.state import state_specs
 from dlrm_jax.structs import Batch, TrainState
 
 Metrics = dict[str, Array]
@@ -34,7 +36,7 @@ def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[Train
     tables=program.embeddings.update(tables, found, vectors_gradient, state.step),
     known=known,
   )
-  return new_state, {'loss': loss, 'examples': batch.weight.sum()}
+  return new_state, {'loss': loss, 'examples': program.axis.sum(batch.weight.sum())}
 
 
 def gradients(
@@ -52,7 +54,7 @@ def gradients(
     return h, new.get('batch_stats', {})
 
   h, bottom_vjp, batch_stats = jax.vjp(bottom, state.params, has_aux=True)
-  total = jnp.maximum(batch.weight.sum(), 1)
+  total = jnp.maximum(program.axis.sum(batch.weight.sum()), 1)
 
   def top_loss(params: Any, h: Array, vectors: Array, label: Array, weight: Array) -> Array:
     logit = program.model.apply({'params': params}, h, vectors, method='top')
@@ -62,7 +64,9 @@ def gradients(
     jax.value_and_grad(top_loss, argnums=(0, 1, 2)), program.spec.micro_batch, state.params, h, vectors, batch
   )
   (bottom_gradient,) = bottom_vjp(h_gradient)
-  return loss, (jax.tree.map(jnp.add, bottom_gradient, top_gradient), vectors_gradient), batch_stats
+  params_gradient = jax.tree.map(jnp.add, bottom_gradient, top_gradient)
+  loss, params_gradient = program.axis.sum_flat((loss, params_gradient))
+  return loss, (params_gradient, vectors_gradient), batch_stats
 
 
 def _over_slices(
@@ -95,20 +99,28 @@ def _over_slices(
 
 
 def logits(program: Program, state: TrainState, batch: Batch) -> Float[Array, 'B']:
-  """Logits with the running batch statistics; the state is read only."""
+  """Logits of this device's batch with the running batch statistics; the state is read only."""
   vectors = program.embeddings.lookup(state.tables, program.embeddings.find(state.known, batch))
   variables = {'params': state.params, 'batch_stats': state.batch_stats}
   return program.model.apply(variables, batch.dense, vectors, batch.weight, False)
 
 
+def predict(program: Program, state: TrainState, batch: Batch) -> tuple[Array, Array, Array]:
+  """(logit, label, weight) f32[B] each, of the examples of all devices."""
+  return program.axis.gather((logits(program, state, batch), batch.label, batch.weight))
+
+
 def jit_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
   """`train_step`, compiled; it takes over the memory of the state that it is given."""
-  return jax.jit(functools.partial(train_step, program), donate_argnums=0, compiler_options=_options(program))
+  specs = state_specs(program)
+  step = program.axis.over(functools.partial(train_step, program), (specs, CUT), (specs, WHOLE))
+  return jax.jit(step, donate_argnums=0, compiler_options=_options(program))
 
 
-def jit_logits(program: Program) -> Callable[[TrainState, Batch], Array]:
-  """`logits`, compiled."""
-  return jax.jit(functools.partial(logits, program), compiler_options=_options(program))
+def jit_predict(program: Program) -> Callable[[TrainState, Batch], tuple[Array, Array, Array]]:
+  """`predict`, compiled."""
+  step = program.axis.over(functools.partial(predict, program), (state_specs(program), CUT), WHOLE)
+  return jax.jit(step, compiler_options=_options(program))
 
 
 def _options(program: Program) -> dict[str, str]:

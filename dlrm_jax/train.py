@@ -22,10 +22,11 @@ from dlrm_jax.checkpoint.full import Checkpoints
 from dlrm_jax.evaluate import evaluate
 from dlrm_jax.logs import Meter, Progress, Records, Scalars, Stopwatch
 from dlrm_jax.program import Program, make_program
+from dlrm_jax.sharding import all_devices, of_all, of_first
 from dlrm_jax.sources import Position, Sources
 from dlrm_jax.spec import Spec
-from dlrm_jax.state import init_state
-from dlrm_jax.step import jit_logits, jit_train_step
+from dlrm_jax.state import abstract_state, init_state
+from dlrm_jax.step import jit_predict, jit_train_step
 from dlrm_jax.structs import Batch, TrainState
 from dlrm_jax.upkeep import PEAK, Upkeep, bytes_of, numbers_of, per_column
 
@@ -53,7 +54,7 @@ class Run:
   sources: Sources
   checkpoints: Checkpoints
   records: Records
-  logits: Callable[[TrainState, Batch], Array]
+  predict: Callable[[TrainState, Batch], tuple[Array, Array, Array]]
   state: TrainState
   step: int
   last_step: int
@@ -74,15 +75,16 @@ class Run:
 def run(spec: Spec) -> None:
   """Trains, evaluates and saves as `spec` says, then prints the result as one line of JSON."""
   data = sources.open_sources(spec)  # first, since bad data is the most common mistake
-  program = make_program(spec)
+  program = make_program(spec, all_devices())
   logging.info('%s', program.native.note)
   folder = run_folder(spec)
   with Checkpoints(folder / 'checkpoints', spec.keep_checkpoint_max) as checkpoints:
     state, step, position = restore_or_init(program, data, checkpoints)
-    (folder / 'config.json').write_text(json.dumps(specs.to_dict(spec), indent=2) + '\n')
+    if is_first():
+      (folder / 'config.json').write_text(json.dumps(specs.to_dict(spec), indent=2) + '\n')
     last_step = spec.steps or step + sources.remaining_batches(data, spec, position)
-    with Records(folder, step) as records:
-      job = Run(program, data, checkpoints, records, jit_logits(program), state, step, last_step, position)
+    with Records(folder if is_first() else None, step) as records:
+      job = Run(program, data, checkpoints, records, jit_predict(program), state, step, last_step, position)
       del state  # the job owns it now: a second reference would keep the first tables alive
       if spec.embedding.kind in specs.KEYED and last_step >= specs.MOST_STEPS:
         raise TrainingError(
@@ -96,7 +98,13 @@ def run(spec: Spec) -> None:
         job.save()
         checkpoints.wait()  # before the evaluation, which may take long and be cut off
       evaluation = {} if spec.no_eval else evaluation_of(job)
-  print_result(job, evaluation, folder)
+  if is_first():
+    print_result(job, evaluation, folder)
+
+
+def is_first() -> bool:
+  """Whether this is the process that writes and prints."""
+  return jax.process_index() == 0
 
 
 def train(run: Run) -> None:
@@ -104,7 +112,7 @@ def train(run: Run) -> None:
   spec, step_fn, upkeep = run.spec, jit_train_step(run.program), Upkeep(run.program)
   watch, meter = Stopwatch(WARMUP_STEPS), Meter()
   with (
-    sources.train_batches(run.sources, spec, run.position) as batches,
+    sources.train_batches(run.sources, spec, run.position, run.program.axis) as batches,
     Progress(run.step, run.last_step, spec.batch_size) as progress,
     StopSignals() as signals,
   ):
@@ -132,7 +140,7 @@ def train(run: Run) -> None:
         meter.restart()
     watch.pause(run.state)
   run.samples_per_second = watch.rate()
-  run.skipped_rows = batches.items.skipped_rows
+  run.skipped_rows = sum(of_all(batches.items.skipped_rows))
   warn_of_skipped(run.skipped_rows, 'training')
   if signals.received:
     run.save()
@@ -168,9 +176,9 @@ def log(run: Run, meter: Meter, progress: Progress) -> None:
 def evaluation_of(run: Run) -> Scalars:
   """Metrics over the whole evaluation set, recorded."""
   started = time.perf_counter()
-  with sources.eval_batches(run.sources, run.spec) as batches:
-    result = evaluate(run.logits, run.state, (batch for batch, _ in batches))
-  warn_of_skipped(batches.items.skipped_rows, 'evaluation')
+  with sources.eval_batches(run.sources, run.spec, run.program.axis) as batches:
+    result = evaluate(run.predict, run.state, (batch for batch, _ in batches))
+  warn_of_skipped(sum(of_all(batches.items.skipped_rows)), 'evaluation')
   run.records.write('eval', run.step, result | per_column(run.program, run.state))
   seconds = time.perf_counter() - started
   shown = ', '.join(f'{name} {value:.6g}' for name, value in result.items() if value is not None)
@@ -198,14 +206,14 @@ def warn_if_useless(result: Scalars) -> None:
 
 def restore_or_init(program: Program, data: Sources, checkpoints: Checkpoints) -> tuple[TrainState, int, Position]:
   """State, step and data position to start from."""
-  abstract = jax.eval_shape(lambda: init_state(program))
+  abstract = abstract_state(program)
   rows = sum(table.value.shape[0] for table in abstract.tables.values())
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract))
   logging.info('%d table(s), %s rows; with all optimizer memory %.2f GB', len(abstract.tables), f'{rows:,}', size / 1e9)
-  memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+  memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') * jax.process_count()
   if jax.default_backend() == 'cpu' and size > memory:
     raise TrainingError(
-      f'the tables need {size / 1e9:.1f} GB with the optimizer, this machine has {memory / 1e9:.1f} GB; lower '
+      f'the tables need {size / 1e9:.1f} GB with the optimizer, the machines have {memory / 1e9:.1f} GB; lower '
       'config.embedding.buckets, config.embedding.rows or config.embedding.dim'
     )
   limit = program.spec.embedding.memory_gb * 1e9
@@ -224,25 +232,26 @@ def restore_or_init(program: Program, data: Sources, checkpoints: Checkpoints) -
 
 
 def run_folder(spec: Spec) -> Path:
-  """The folder that a run writes to, made if need be."""
+  """The folder that a run writes to, made if need be; the same one in all processes."""
   if spec.checkpoint:
     folder = Path(spec.checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+  name = lambda stamp: Path(spec.output_dir) / f'model_DLRM_{stamp}'
   stamp = int(time.time())
-  while True:
-    folder = Path(spec.output_dir) / f'model_DLRM_{stamp}'
+  while is_first():
     try:
-      folder.mkdir(parents=True)
-      return folder
+      name(stamp).mkdir(parents=True)
+      break
     except FileExistsError:  # another run started in the same second
       stamp += 1
+  return name(of_first(stamp))
 
 
 @contextlib.contextmanager
 def timeline(run: Run) -> Iterator[None]:
   """A profile of the step about to be done, where one is due."""
-  if not every(run.spec.timeline, run.step + 1):
+  if not every(run.spec.timeline, run.step + 1) or not is_first():
     yield
     return
   folder = run.checkpoints.folder.parent / 'timeline'

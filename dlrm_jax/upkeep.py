@@ -3,8 +3,10 @@
 All of it at fixed steps, from nothing but the state: a resumed run does what an unstopped one does.
 """
 
+import dataclasses
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +22,8 @@ from dlrm_jax.embeddings.eviction import EVICTIONS, evict_ids, least_recent
 from dlrm_jax.embeddings.layout import TableLayout
 from dlrm_jax.native.rows import xla_write
 from dlrm_jax.program import Program
+from dlrm_jax.sharding import ALONE
+from dlrm_jax.state import state_placing, state_specs
 from dlrm_jax.structs import Directory, Table, TrainState, Vocabulary
 
 # Steps between looks at how full the directories are. A look waits for the step before it.
@@ -41,9 +45,23 @@ class Upkeep:
     gone = gone(*parameters[embedding.eviction.name])
     self._embedding = embedding
     self._features = {name: features_of(table) for name, table in program.embeddings.layout.items()}
-    self._evict = jax.jit(functools.partial(_evict, gone), donate_argnums=0)
-    self._refresh = jax.jit(_refresh, donate_argnums=0)
+    self._placing = state_placing(program)
+    self._evict = self._jit(functools.partial(_evict, gone), donate_argnums=0)
+    self._refresh = self._jit(_refresh, donate_argnums=0)
+    self._drop = self._jit(_drop, static_argnums=1)
+    self._grow = self._jit(grown_parts, 'tables', 'known', static_argnums=2)
     self._at_limit: set[str] = set()
+
+  def _jit(self, function: Callable[..., Any], *parts: str, **options: Any) -> Callable[..., Any]:
+    """`function` of a table's name and its arguments, compiled; it returns these parts of the state for that table."""
+    parts = parts or ('known',)
+
+    @functools.cache
+    def compiled(name: str) -> Callable[..., Any]:
+      out = self._placing and tuple(getattr(self._placing, part)[name] for part in parts)
+      return jax.jit(function, out_shardings=out[0] if out and len(out) == 1 else out, **options)
+
+    return lambda name, *arguments: compiled(name)(*arguments)
 
   def __call__(self, state: TrainState, step: int) -> TrainState:
     """Evicts, ends periods of widths and grows, where it is time."""
@@ -53,13 +71,13 @@ class Upkeep:
     if eviction.name != 'never' and step % eviction.every == 0:
       before = _total(state.known, 'evicted')
       known = {
-        name: self._evict(known, state.tables[name].value, state.step - 1, self._features[name])
+        name: self._evict(name, known, state.tables[name].value, state.step - 1, self._features[name])
         for name, known in state.known.items()
       }
       state = state.replace(known=known)
       logging.info('step %d: %d ids evicted', step, _total(known, 'evicted') - before)
     if widths.name == 'dynamic' and step % widths.every == 0:
-      state = state.replace(known={name: self._refresh(known) for name, known in state.known.items()})
+      state = state.replace(known={name: self._refresh(name, known) for name, known in state.known.items()})
     if step % LOOK_EVERY == 0:
       full = {name: parts for name, known in state.known.items() if (parts := full_parts(known))}
       for name, parts in full.items():
@@ -75,7 +93,7 @@ class Upkeep:
     )
     need, limit = PEAK * (bytes_of((state.tables, state.known)) + more), self._embedding.memory_gb * 1e9
     if not limit or need <= limit:
-      table, grown = grown_parts(table, known, parts)
+      table, grown = self._grow(name, table, known, tuple(parts))
       for part, old, new in (('table', known.directory, grown.directory), ('filter', known.filter, grown.filter)):
         if part in parts:
           logging.info(
@@ -91,7 +109,7 @@ class Upkeep:
         limit / 1e9, 'the ids unseen for longest go' if evicts else 'new ids without a place read as zero',
       )  # fmt: skip
     if evicts:
-      known = jax.jit(_make_room, static_argnums=1)(known, tuple(parts), self._features[name])
+      known = self._drop(name, known, tuple(parts), self._features[name])
     return state.replace(known=state.known | {name: known})
 
 
@@ -103,7 +121,7 @@ def _evict(gone: Any, known: Vocabulary, value: Array, step: Array, features: Ar
   return _fewer(known.replace(filter=remembered), directory, features)
 
 
-def _make_room(known: Vocabulary, parts: tuple[str, ...], features: Array) -> Vocabulary:
+def _drop(known: Vocabulary, parts: tuple[str, ...], features: Array) -> Vocabulary:
   """Without the ids that were seen longest ago."""
   drop = lambda full: directories.evict(full, least_recent(full, int(KEPT_SHARE * directories.rows_of(full))))
   if 'filter' in parts:
@@ -143,53 +161,53 @@ def full_parts(known: Vocabulary) -> list[str]:
   return [max(parts, key=lambda part: int(parts[part].used) / directories.rows_of(parts[part]))]
 
 
-def grown_parts(table: Table, known: Vocabulary, parts: list[str]) -> tuple[Table, Vocabulary]:
+def grown_parts(table: Table, known: Vocabulary, parts: tuple[str, ...]) -> tuple[Table, Vocabulary]:
   """A table and what it knows with twice the room in some of `PARTS`."""
   if 'filter' in parts:
-    known = known.replace(filter=jax.jit(_grow)(known.filter))
+    known = known.replace(filter=directories.grow(known.filter))
   if 'table' in parts:
-    pages, old = known.directory.entry.shape[0], known.directory
-    rows = directories.rows_of(old)
-    grow = jax.jit(lambda leaf: directories.grow_rows(leaf, pages))
-    per_row = lambda tree: jax.tree.map(lambda leaf: grow(leaf) if leaf.shape[:1] == (rows,) else leaf, tree)
-    known = known.replace(directory=jax.jit(_grow)(old))
+    pages, rows = known.directory.entry.shape[0], directories.rows_of(known.directory)
+    grow = lambda leaf: directories.grow_rows(leaf, pages) if leaf.shape[:1] == (rows,) else leaf
+    known = known.replace(directory=directories.grow(known.directory))
     if known.widths:
       widths = known.widths.replace(mean=grow(known.widths.mean), counted=grow(known.widths.counted))
-      known = known.replace(widths=jax.jit(width.forget_free)(known.directory, widths))
-    table = per_row(table)
+      known = known.replace(widths=width.forget_free(known.directory, widths))
+    table = jax.tree.map(grow, table)
   return table, known
-
-
-def _grow(directory: Directory) -> Directory:
-  new = directories.grow(directory)
-  return new.replace(used=new.used + 0)  # an array of its own
 
 
 def moved(program: Program, state: TrainState) -> tuple[TrainState, int]:
   """The state with its ids in directories of the capacity that the program's spec names; how many found no place."""
-  embedding, tables, known, lost = program.spec.embedding, dict(state.tables), dict(state.known), 0
-  for name, layout in program.embeddings.layout.items():
-    new = program.embeddings.vocabulary(layout)
-    old = state.known[name]
+  place = program.axis.placed(state_specs(program))
+  move = jax.jit(functools.partial(_moved, program), out_shardings=place and (place.tables, place.known, None))
+  tables, known, lost = move(state.tables, state.known)
+  return state.replace(tables=state.tables | tables, known=known), int(lost)
+
+
+def _moved(
+  program: Program, old_tables: dict[str, Table], old_known: dict[str, Vocabulary]
+) -> tuple[dict[str, Table], dict[str, Vocabulary], Array]:
+  spec, embeddings = program.spec.embedding, dataclasses.replace(program.embeddings, axis=ALONE)
+  tables, known, lost = dict(old_tables), {}, jnp.zeros((), jnp.int32)
+  for name, old in old_known.items():
+    new = embeddings.vocabulary(name, embeddings.first_rows(name))
     directory, row = directories.insert(new.directory, directories.entries(old.directory))
-    rows = directories.rows_of(directory)
-    lost += int(old.directory.used) - int(directory.used)
-    table = make_table(rows, embedding.dim, program.embeddings.tx, embedding.dtype)
+    lost += old.directory.used - directory.used
+    table = make_table(directories.rows_of(directory), spec.dim, embeddings.tx, spec.dtype)
     # Where an entry was free, the row is past the end.
     shift = lambda leaf, empty, row=row: xla_write(empty, row, leaf) if leaf.ndim else leaf
     table = table.replace(**{
-      part: jax.tree.map(shift, getattr(state.tables[name], part), getattr(table, part)) for part in ('value', 'slots')
+      part: jax.tree.map(shift, getattr(old_tables[name], part), getattr(table, part)) for part in ('value', 'slots')
     })  # fmt: skip
-    if isinstance(old.filter, Directory):
+    remembered = old.filter
+    if isinstance(remembered, Directory):
       remembered, _ = directories.insert(new.filter, directories.entries(old.filter))
-      lost += int(old.filter.used) - int(remembered.used)
-    else:
-      remembered = old.filter
+      lost += old.filter.used - remembered.used
     widths = old.widths and old.widths.replace(
       mean=shift(old.widths.mean, new.widths.mean), counted=shift(old.widths.counted, new.widths.counted)
     )
     tables[name], known[name] = table, old.replace(directory=directory, filter=remembered, widths=widths)
-  return state.replace(tables=tables, known=known), lost
+  return tables, known, lost
 
 
 def bytes_of(tree: Any) -> int:
@@ -240,6 +258,6 @@ def bytes_per_row(rows: int, tree: Any) -> int:
   return bytes_of(per_row) // rows + directories.BYTES_PER_ROW
 
 
-def features_of(layout: TableLayout) -> Array:
+def features_of(layout: TableLayout) -> np.ndarray:
   """The columns of a table as directories store them, u32[columns]."""
-  return jnp.array(layout.columns, jnp.uint32)
+  return np.array(layout.columns, np.uint32)

@@ -10,16 +10,26 @@ from jaxtyping import install_import_hook
 # Not structs.py, since trees of shapes have its types too, nor spec.py, which checks the values of users itself.
 CHECKED = [
   'dlrm_jax.embeddings', 'dlrm_jax.evaluate', 'dlrm_jax.metrics', 'dlrm_jax.model', 'dlrm_jax.optim',
-  'dlrm_jax.program', 'dlrm_jax.state', 'dlrm_jax.step', 'dlrm_jax.data', 'dlrm_jax.native', 'dlrm_jax.words',
+  'dlrm_jax.program', 'dlrm_jax.state', 'dlrm_jax.step', 'dlrm_jax.data', 'dlrm_jax.native', 'dlrm_jax.sharding',
+  'dlrm_jax.words',
 ]  # fmt: skip
 install_import_hook(CHECKED, 'beartype.beartype')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+jax.config.update('jax_num_cpu_devices', 4)  # for the tests that ask for more than one
 
 
 # Most of the time of these tests is compilation, and many compile the same program.
 _cache = tempfile.TemporaryDirectory(prefix='dlrm_jax_tests_')
 jax.config.update('jax_compilation_cache_dir', _cache.name)
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+  """Runs inside this process have one device, as they have outside of it."""
+  from dlrm_jax import sharding, train
+
+  monkeypatch.setattr(train, 'all_devices', lambda: sharding.ALONE)
 
 
 @pytest.fixture(scope='session')

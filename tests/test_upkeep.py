@@ -14,7 +14,7 @@ from dlrm_jax.embeddings import directory as directories
 from dlrm_jax.program import make_program
 from dlrm_jax.spec import COLUMNS
 from dlrm_jax.state import init_state
-from dlrm_jax.step import jit_logits, jit_train_step
+from dlrm_jax.step import jit_predict, jit_train_step
 from tests.embeddings import reference_variables as reference
 from tests.helpers import small_spec
 
@@ -194,7 +194,7 @@ def test_ids_keep_their_vectors_in_another_capacity(criteo, tmp_path, name):
   data = sources.open_sources(spec)
   with sources.train_batches(data, spec, sources.START) as batches:
     batch, _ = next(batches)
-  one, other = (jit_logits(make_program(each))(state, batch) for each, state in ((spec, old), (larger, new)))
+  one, other = (jit_predict(make_program(each))(state, batch)[0] for each, state in ((spec, old), (larger, new)))
   np.testing.assert_array_equal(one, other)
 
 
@@ -233,7 +233,7 @@ def test_one_table_or_26_give_the_same_numbers_and_evaluation_changes_nothing(cr
     fields = VARIABLES | kind | room | {'embedding__fusion': fusion}
     spec = small_spec(criteo, tmp_path, **fields)
     program = make_program(spec)
-    state, step, logits = init_state(program), jit_train_step(program), jit_logits(program)
+    state, step, logits = init_state(program), jit_train_step(program), jit_predict(program)
     with sources.train_batches(sources.open_sources(spec), spec, sources.START) as batches:
       for _ in range(6):
         batch, _ = next(batches)

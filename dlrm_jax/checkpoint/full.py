@@ -15,7 +15,7 @@ from dlrm_jax import spec as specs
 from dlrm_jax import upkeep
 from dlrm_jax.program import Program
 from dlrm_jax.spec import Spec
-from dlrm_jax.state import init_state
+from dlrm_jax.state import abstract_state, state_placing
 from dlrm_jax.structs import TrainState
 
 # Of embedding variables alone.
@@ -126,16 +126,16 @@ class Checkpoints:
     side = ocp.args.Composite(position=ocp.args.JsonRestore(), config=ocp.args.JsonRestore())
     items = self._manager.restore(step, args=side)
     check_same_model(items.config, specs.to_dict(program.spec), f'{self.folder}/{step}')
-    template = jax.eval_shape(lambda: init_state(program))
+    template = abstract_state(program)
     if template.known:
       saved = self._manager.item_metadata(step).state
       template = as_saved(template, getattr(saved, 'tree', saved), f'{self.folder}/{step}')
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    placed = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
-    abstract = jax.tree.map(placed, to_dict(template))
+    placing = placing_of(program)
+    placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    abstract = jax.tree.map(placed, to_dict(template), to_dict(placing))
     restore = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
     tree = self._manager.restore(step, args=ocp.args.Composite(state=restore)).state
-    state = resized(program, from_dict(template, tree), items.config)
+    state = resized(program, from_dict(template, tree, placing), items.config)
     return Restored(step, state, items.position, items.config)
 
   def _put_aside(self, step: int) -> None:
@@ -156,12 +156,19 @@ def to_dict(state: TrainState) -> dict[str, Any]:
   return tree
 
 
-def from_dict(template: TrainState, tree: dict[str, Any]) -> TrainState:
-  """The inverse of `to_dict`; `template` gives the types."""
-  tables = {
-    name: table | {'scratch': jax.numpy.zeros(template.tables[name].scratch.shape, 'int32')}
-    for name, table in tree['tables'].items()
-  }
+def placing_of(program: Program) -> TrainState:
+  """Where the arrays of a state live: its shardings."""
+  if program.axis.mesh:
+    return state_placing(program)
+  return jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract_state(program))
+
+
+def from_dict(template: TrainState, tree: dict[str, Any], placing: TrainState) -> TrainState:
+  """The inverse of `to_dict`; `template` gives types and shapes, `placing` where the scratch will live."""
+  scratch = lambda name: jax.numpy.zeros(
+    template.tables[name].scratch.shape, 'int32', device=placing.tables[name].scratch
+  )
+  tables = {name: table | {'scratch': scratch(name)} for name, table in tree['tables'].items()}
   return serialization.from_state_dict(template, {'known': {}} | tree | {'tables': tables})
 
 

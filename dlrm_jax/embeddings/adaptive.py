@@ -5,27 +5,24 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int32
+from jaxtyping import Bool, Float, Int32
 
 from dlrm_jax.native.rows import XLA, RowKernels
 from dlrm_jax.optim import bits
 from dlrm_jax.optim.rowwise import Stored
 
 
-def shared_rows(
-  row: Int32[Array, '...'], rows: int, hash_row: Int32[Array, '...'], hash_rows: int
-) -> Int32[Array, '...']:
+def shared_rows(own: Bool[Array, '...'], hash_row: Int32[Array, '...'], hash_rows: int) -> Int32[Array, '...']:
   """Rows in the shared table of the lookups that have none of their own; "no row" for the others.
 
   So each lookup has a row in at most one of the tables, and as no row reads as zero, its vector is the sum of both.
 
   Args:
-    row: of the dynamic table; `rows` or more: no row.
-    rows: of the dynamic table.
+    own: which lookups have a row of their own.
     hash_row: of the shared table, for all lookups; padding has no row there either.
     hash_rows: of the shared table.
   """
-  return jnp.where(row < rows, hash_rows, hash_row)
+  return jnp.where(own, hash_rows, hash_row)
 
 
 def initial_from(

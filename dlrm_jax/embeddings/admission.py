@@ -16,6 +16,7 @@ from jax import Array
 from jaxtyping import Bool, Int32, UInt32
 
 from dlrm_jax.embeddings.directory import (
+  PAGE_ROWS,
   WHOLE,
   Ids,
   Shard,
@@ -27,6 +28,7 @@ from dlrm_jax.embeddings.directory import (
   owned,
   rows_of,
   set_frequency,
+  whole_pages,
 )
 from dlrm_jax.native.directory import XLA, DirectoryKernels
 from dlrm_jax.structs import Directory
@@ -35,7 +37,7 @@ from dlrm_jax.words import scale
 CHUNK = 1024  # new ids that are handled at once
 COUNTERS = {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32}
 # A Bloom filter is cut into so many regions, of which an id has one, unless they would be smaller than REGION_SIZE.
-REGIONS, REGION_SIZE = 64, 1 << 14
+REGIONS, REGION_SIZE = 240, 1 << 12
 
 
 class Resolved(NamedTuple):
@@ -51,11 +53,12 @@ class Resolved(NamedTuple):
 class Admission(NamedTuple):
   """One way to admit ids. Both functions are pure; `filter` is what it remembers of ids that have no row."""
 
-  init: Callable[[], Any]  # () -> filter
+  init: Callable[..., Any]  # (devices=1 among which it is cut) -> a device's part of the filter
   # (directory, filter, ids, wanted bool[N], step i32[], shard) -> (directory, filter, Resolved). Donate both. With
   # directory and filter of one shard of several, it looks at that shard's ids alone: rows are numbered from the
   # shard's first, nothing else is marked, and `used` has grown by what this shard claimed.
   resolve: Callable[..., tuple[Directory, Any, Resolved]]
+  parts: int = 0  # into how many equal parts the filter can be cut; 0: as many as one likes
 
 
 def always(kernels: DirectoryKernels = XLA) -> Admission:
@@ -69,7 +72,7 @@ def always(kernels: DirectoryKernels = XLA) -> Admission:
     unplaced = wanted & (claimed.row == rows_of(directory))
     return directory, remembered, Resolved(*claimed, jnp.zeros_like(wanted), unplaced)
 
-  return Admission(lambda: (), resolve)
+  return Admission(lambda devices=1: (), resolve)
 
 
 def counter(threshold: int, rows: int, kernels: DirectoryKernels = XLA) -> Admission:
@@ -107,7 +110,8 @@ def counter(threshold: int, rows: int, kernels: DirectoryKernels = XLA) -> Admis
     no_row = admitted & (claimed.row == rows_of(directory))
     return directory, waiting, Resolved(*claimed, unknown & ~admitted & ~no_count, no_count | no_row)
 
-  return Admission(lambda: make_directory(rows), resolve)
+  rows = whole_pages(rows)
+  return Admission(lambda devices=1: make_directory(rows // devices), resolve, rows // PAGE_ROWS)
 
 
 def counting_bloom(
@@ -138,7 +142,8 @@ def counting_bloom(
     return directory, counters, Resolved(*claimed, unknown & ~admitted, unplaced)
 
   regions = REGIONS if size >= REGIONS * REGION_SIZE else 1
-  return Admission(lambda: jnp.zeros((regions, -(-size // regions)), COUNTERS[bits]), resolve)
+  init = lambda devices=1: jnp.zeros((regions // devices, -(-size // regions)), COUNTERS[bits])
+  return Admission(init, resolve, regions)
 
 
 def bloom_size(expected_ids: int, error_rate: float) -> tuple[int, int]:

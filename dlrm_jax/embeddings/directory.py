@@ -54,6 +54,13 @@ def make_directory(rows: int, ways: int = WAYS, buckets: int = BUCKETS) -> Direc
   return Directory(entry=jnp.zeros((pages, buckets, 4, ways), jnp.uint32), used=jnp.zeros((), jnp.int32))
 
 
+def whole_pages(rows: int) -> int:
+  """The rows of a directory of at least so many: of pages whose number many numbers of devices divide."""
+  pages = -(-rows // PAGE_ROWS)
+  unit = next(unit for unit in (240, 60, 12, 1) if pages >= 4 * unit or unit == 1)
+  return -(-pages // unit) * unit * PAGE_ROWS
+
+
 def rows_of(directory: Directory) -> int:
   """Its rows, free ones included: the number that means "no row"."""
   return directory.entry.size // 4

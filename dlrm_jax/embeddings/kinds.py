@@ -5,6 +5,8 @@ nothing. Both give `Found`, from which `lookup` makes vectors and `update` knows
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,24 +20,31 @@ from dlrm_jax.embeddings import tables
 from dlrm_jax.embeddings.adaptive import initial_from, shared_rows
 from dlrm_jax.embeddings.admission import Admission
 from dlrm_jax.embeddings.counts import counted, no_counts
-from dlrm_jax.embeddings.directory import Ids, find, make_directory, rows_of
+from dlrm_jax.embeddings.directory import PAGE_ROWS, Ids, Shard, find, make_directory, owned, rows_of, whole_pages
+from dlrm_jax.embeddings.directory import WHOLE as DIRECTORY
 from dlrm_jax.embeddings.dynamic import initial_vectors, make_table, start_rows, take
 from dlrm_jax.embeddings.layout import TableLayout
 from dlrm_jax.embeddings.width import blocks_of, make_widths, mask
 from dlrm_jax.native.directory import DirectoryKernels
 from dlrm_jax.native.rows import RowKernels
+from dlrm_jax.optim import bits
+from dlrm_jax.sharding import ALONE, CUT, WHOLE, Axis
 from dlrm_jax.spec import COLUMNS, EmbeddingSpec
-from dlrm_jax.structs import Batch, Table, Vocabulary
+from dlrm_jax.structs import Batch, Directory, Table, Vocabulary
 
 Tables = dict[str, Table]
 Vocabularies = dict[str, Vocabulary]
 
 
-class Found(NamedTuple):
-  """Where the lookups of a batch go."""
+# Arrays of a `Vocabulary` that are not by row.
+SHARED = ('counts', 'least')
 
-  rows: dict[str, Array]  # i32[B, columns] in each table
-  mask: Any = ()  # f32[B, 26, D], what vectors are multiplied by; () for nothing
+
+class Found(NamedTuple):
+  """Where the lookups of a batch go: of the examples of all devices, but only to the rows that this device has."""
+
+  rows: dict[str, Array]  # i32[B, columns] in each table, numbered from this device's first row
+  mask: Any = ()  # f32[b, 26, D], what vectors of this device's examples are multiplied by; () for nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,30 +57,88 @@ class Static:
   update_table: Callable[..., Table]  # (table, row i32[N], gradient f32[N, D], step=i32[]) -> table
   rows: RowKernels
   seed: int
+  axis: Axis
 
   def init(self) -> tuple[Tables, Vocabularies]:
     """Before the first step."""
+    return self.init_static(self.layout), {}
+
+  def init_static(self, layout: tables.Layout) -> Tables:
+    """The static tables of a layout."""
     dim, dtype = self.spec.dim, self.spec.dtype
-    return {name: tables.init_table(table, dim, self.tx, self.seed, dtype) for name, table in self.layout.items()}, {}
+    return {
+      name: tables.init_table(table, dim, self.tx, self.seed, dtype, self.axis if self.is_cut(name) else ALONE)
+      for name, table in layout.items()
+    }
+
+  def is_cut(self, name: str) -> bool:
+    """Whether every device has a part of a table, not all of it."""
+    return self.axis.size > 1 and self.parts(name) % self.axis.size == 0
+
+  def parts(self, name: str) -> int:
+    """Into how many equal parts a table can be cut."""
+    return self.layout[name].parts
+
+  def specs(self, tables_: Tables, known: Vocabularies) -> tuple[Any, Any]:
+    """Of each array of `init`, whether it is cut: the same trees, of `PartitionSpec`s."""
+
+    def spec(name: str, path: Any, leaf: Any) -> Any:
+      cut = self.is_cut(name) and leaf.ndim and not any(getattr(key, 'name', '') in SHARED for key in path)
+      return CUT if cut else WHOLE
+
+    of = lambda name, part: jax.tree_util.tree_map_with_path(functools.partial(spec, name), part)
+    return tuple({name: of(name, part) for name, part in tree.items()} for tree in (tables_, known))
 
   def resolve(
     self, tables_: Tables, known: Vocabularies, batch: Batch, step: Int32[Array, '']
   ) -> tuple[Tables, Vocabularies, Found]:
-    """A training step's lookups; kinds that know ids admit and count them, and begin the rows of new ones."""
+    """A training step's lookups of this device's batch. The tables are ready for `lookup` then."""
     return tables_, known, self.find(known, batch)
 
   def find(self, known: Vocabularies, batch: Batch) -> Found:
     """Evaluation's lookups: nothing changes."""
-    return Found(tables.resolve(self.layout, batch.bucket, batch.weight))
+    batch = self.everyones(batch)
+    return Found(self.here(self.layout, tables.resolve(self.layout, batch.bucket, batch.weight)))
+
+  def everyones(self, batch: Batch) -> Batch:
+    """The ids of all devices' batches."""
+    bucket, key, weight = self.axis.gather((batch.bucket, batch.key, batch.weight))
+    return batch.replace(bucket=bucket, key=key, weight=weight)
+
+  def here(self, layout: tables.Layout, rows: dict[str, Array]) -> dict[str, Array]:
+    """Rows of whole tables as rows of this device's parts, where other devices' rows are none."""
+
+    def here(name: str) -> Array:
+      if not self.is_cut(name):
+        return rows[name]
+      size = layout[name].rows // self.axis.size
+      row = rows[name] - self.axis.index() * size
+      return jnp.where((row >= 0) & (row < size), row, size)
+
+    return {name: here(name) for name in layout}
+
+  def mine(self, name: str, values: Array) -> Array:
+    """What was read for everyone's lookups in a table, zeros where it was not here, as what this device's came to."""
+    return self.axis.scatter_sum(values) if self.is_cut(name) else self.axis.own(values)
 
   def lookup(self, tables_: Tables, found: Found) -> Float[Array, 'B 26 D']:
-    """Vectors, columns in natural order; no row reads as zero."""
-    return tables.lookup(self.layout, tables_, found.rows, self.rows)
+    """Vectors of this device's examples, columns in natural order; no row reads as zero."""
+    return tables.lookup(self.layout, tables_, found.rows, self.rows, self.mine)
 
   def update(self, tables_: Tables, found: Found, gradient: Float[Array, 'B 26 D'], step: Int32[Array, '']) -> Tables:
     """The tables after the gradients of what was looked up."""
-    update = lambda table, row, grad: self.update_table(table, row, grad, step=step)
-    return tables.update(self.layout, update, tables_, found.rows, gradient)
+    return self.updated(self.layout, tables_, found, self.axis.gather(gradient), step)
+
+  def updated(
+    self, layout: tables.Layout, tables_: Tables, found: Found, gradient: Float[Array, 'B 26 D'], step: Array
+  ) -> Tables:
+    """The tables of a layout after everyone's gradients."""
+
+    def update(name: str, table: Table, row: Array, grad: Array) -> Table:
+      first = self.axis.index() * table.value.shape[0] if self.is_cut(name) else 0
+      return self.update_table(table, row, grad, step=step, first=first)
+
+    return tables.update(layout, update, tables_, found.rows, gradient)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,54 +150,71 @@ class Dynamic(Static):
 
   def init(self) -> tuple[Tables, Vocabularies]:
     """See `Static.init`."""
-    known = {name: self.vocabulary(table) for name, table in self.layout.items()}
+    known = {name: self.vocabulary(name, self.first_rows(name)) for name in self.layout}
     own = {
       name: make_table(rows_of(vocabulary.directory), self.spec.dim, self.tx, self.spec.dtype)
       for name, vocabulary in known.items()
     }
     return own, known
 
-  def vocabulary(self, table: TableLayout) -> Vocabulary:
-    """An empty one with the table's share of the rows, or a few more."""
-    columns, width = len(table.columns), self.spec.width
-    directory = make_directory(max(self.spec.rows * columns // COLUMNS, 1))
+  def first_rows(self, name: str) -> int:
+    """Rows of a table at the start, of all devices together."""
+    return whole_pages(max(self.spec.rows * len(self.layout[name].columns) // COLUMNS, 1))
+
+  def parts(self, name: str) -> int:
+    """See `Static.parts`. Growth doubles it."""
+    return math.gcd(self.first_rows(name) // PAGE_ROWS, self.admission.parts)
+
+  def vocabulary(self, name: str, rows: int) -> Vocabulary:
+    """A device's part of an empty one of so many rows."""
+    devices, width = self.axis.size if self.is_cut(name) else 1, self.spec.width
+    directory = make_directory(rows // devices)
     widths = make_widths(directory, width.blocks) if width.name == 'dynamic' else ()
-    return Vocabulary(directory=directory, filter=self.admission.init(), widths=widths, counts=no_counts(columns))
+    counts = no_counts(len(self.layout[name].columns))
+    return Vocabulary(directory=directory, filter=self.admission.init(devices), widths=widths, counts=counts)
+
+  def shard(self, name: str) -> Shard:
+    """Which part of a directory this device has."""
+    return Shard(self.axis.index(), self.axis.size) if self.is_cut(name) else DIRECTORY
 
   def resolve(
     self, tables_: Tables, known: Vocabularies, batch: Batch, step: Int32[Array, '']
   ) -> tuple[Tables, Vocabularies, Found]:
     """See `Static.resolve`."""
-    tables_, known, rows = dict(tables_), dict(known), {}
+    batch, tables_, known, rows = self.everyones(batch), dict(tables_), dict(known), {}
     for name, table in self.layout.items():
-      ids, wanted, old = ids_of(batch, table), wanted_of(batch, table), known[name]
-      directory, remembered, found = self.admission.resolve(old.directory, old.filter, ids, wanted, step)
+      ids, old, shard = ids_of(batch, table), known[name], self.shard(name)
+      wanted = wanted_of(batch, table) & owned(ids, shard)
+      directory, remembered, found = self.admission.resolve(old.directory, old.filter, ids, wanted, step, shard)
       initial = self.initial(name, tables_, ids, batch)
       tables_[name] = start_rows(self.tx, tables_[name], found.row, found.fresh, found.count, initial, self.rows)
       counts = jax.tree.map(jnp.add, old.counts, counted(table.columns, ids, wanted, found))
-      known[name] = old.replace(directory=directory, filter=remembered, counts=counts)
+      new = old.replace(directory=directory, filter=remembered, counts=counts)
+      known[name] = together(self.axis, old, new) if self.is_cut(name) else new
       rows[name] = found.row.reshape(batch.weight.shape[0], -1)
     return tables_, known, self.found(known, batch, rows)
 
   def find(self, known: Vocabularies, batch: Batch) -> Found:
     """See `Static.find`."""
-    rows = {
-      name: find(known[name].directory, ids_of(batch, table), wanted_of(batch, table), self.directories)
-      .reshape(batch.weight.shape[0], -1)
-      for name, table in self.layout.items()
-    }  # fmt: skip
+    batch, rows = self.everyones(batch), {}
+    for name, table in self.layout.items():
+      ids, wanted = ids_of(batch, table), wanted_of(batch, table)
+      row = find(known[name].directory, ids, wanted, self.directories, self.shard(name))
+      rows[name] = row.reshape(batch.weight.shape[0], -1)
     return self.found(known, batch, rows)
 
   def found(self, known: Vocabularies, batch: Batch, rows: dict[str, Array]) -> Found:
     """What the own rows of a batch's lookups come to."""
     if self.spec.width.name == 'full':
       return Found(rows)
-    blocks = {
-      name: blocks_of(known[name].directory, known[name].widths, row.reshape(-1)).reshape(row.shape)
-      for name, row in rows.items()
-    }
-    blocks = tables.in_order(self.layout, blocks)
-    width = mask(blocks.reshape(-1), self.spec.width.blocks, self.spec.dim)
+    most = self.spec.width.blocks
+    # An id without a row lacks no block, nor does one for the devices that do not have its row.
+    lacks = {}
+    for name, row in rows.items():
+      blocks = blocks_of(known[name].directory, known[name].widths, row.reshape(-1))
+      lacks[name] = self.mine(name, most - blocks.reshape(row.shape))
+    blocks = most - tables.in_order(self.layout, lacks)
+    width = mask(blocks.reshape(-1), most, self.spec.dim)
     return Found(rows, width.reshape(*blocks.shape, self.spec.dim))
 
   def initial(self, name: str, tables_: Tables, ids: Ids, batch: Batch) -> Callable[[Array], Array]:
@@ -153,39 +237,45 @@ class Adaptive(Dynamic):
   def init(self) -> tuple[Tables, Vocabularies]:
     """See `Static.init`."""
     own, known = super().init()
-    dim, dtype = self.spec.dim, self.spec.dtype
-    return own | {n: tables.init_table(t, dim, self.tx, self.seed, dtype) for n, t in self.shared.items()}, known
+    return own | self.init_static(self.shared), known
 
   @property
   def shared(self) -> tables.Layout:
     """The static tables."""
     return {shared_name(name): table for name, table in self.layout.items()}
 
+  def parts(self, name: str) -> int:
+    """See `Static.parts`."""
+    return self.shared[name].parts if name in self.shared else super().parts(name)
+
   def found(self, known: Vocabularies, batch: Batch, rows: dict[str, Array]) -> Found:
     """See `Dynamic.found`."""
-    found = super().found(known, batch, rows)
-    shared = {
-      shared_name(name): shared_rows(
-        rows[name], rows_of(known[name].directory), table.resolve(batch.bucket, batch.weight), table.rows
-      )
-      for name, table in self.layout.items()
-    }
-    return found._replace(rows=rows | shared)
+    found, shared = super().found(known, batch, rows), {}
+    for name, table in self.layout.items():
+      own = rows[name] < rows_of(known[name].directory)
+      if self.is_cut(name):
+        own = self.axis.sum(own.astype(jnp.int32)) > 0
+      shared[shared_name(name)] = shared_rows(own, table.resolve(batch.bucket, batch.weight), table.rows)
+    return found._replace(rows=rows | self.here(self.shared, shared))
 
   def initial(self, name: str, tables_: Tables, ids: Ids, batch: Batch) -> Callable[[Array], Array]:
     """See `Dynamic.initial`."""
-    hash_row = self.layout[name].resolve(batch.bucket, batch.weight)
-    return initial_from(tables_[shared_name(name)].value, hash_row.reshape(-1), self.rows)
+    shared, hash_row = shared_name(name), self.layout[name].resolve(batch.bucket, batch.weight)
+    if not self.is_cut(shared):
+      return initial_from(tables_[shared].value, hash_row.reshape(-1), self.rows)
+    # They may be on any device, and each will need those of its own new ids.
+    row = self.here(self.shared, {shared: hash_row})[shared].reshape(-1)
+    vectors = self.axis.sum(bits.widen(self.rows.read(tables_[shared].value, row)))
+    return lambda lane: vectors.at[lane].get(mode='fill', fill_value=0)
 
   def lookup(self, tables_: Tables, found: Found) -> Float[Array, 'B 26 D']:
     """See `Static.lookup`."""
-    return super().lookup(tables_, found) + tables.lookup(self.shared, tables_, found.rows, self.rows)
+    return super().lookup(tables_, found) + tables.lookup(self.shared, tables_, found.rows, self.rows, self.mine)
 
   def update(self, tables_: Tables, found: Found, gradient: Float[Array, 'B 26 D'], step: Int32[Array, '']) -> Tables:
     """See `Static.update`."""
     own = super().update(tables_, found, gradient, step)
-    update = lambda table, row, grad: self.update_table(table, row, grad, step=step)
-    return own | tables.update(self.shared, update, tables_, found.rows, gradient)
+    return own | self.updated(self.shared, tables_, found, self.axis.gather(gradient), step)
 
 
 def shared_name(name: str) -> str:
@@ -203,6 +293,24 @@ def ids_of(batch: Batch, table: TableLayout) -> Ids:
 def wanted_of(batch: Batch, table: TableLayout) -> Array:
   """Which of these are of examples, not of padding: bool[N]."""
   return jnp.repeat(batch.weight > 0, len(table.columns))
+
+
+def together(axis: Axis, old: Vocabulary, new: Vocabulary) -> Vocabulary:
+  """What the devices, each of which looked at its own ids, know of all of them."""
+  directories = [new.directory, new.filter] if isinstance(new.filter, Directory) else [new.directory]
+  before = [old.directory, old.filter][: len(directories)]
+  more = axis.sum((
+    [directory.used - then.used for directory, then in zip(directories, before, strict=True)],
+    jax.tree.map(jnp.subtract, new.counts, old.counts),
+  ))  # fmt: skip
+  directories = [
+    directory.replace(used=then.used + used) for directory, then, used in zip(directories, before, more[0], strict=True)
+  ]
+  return new.replace(
+    directory=directories[0],
+    filter=directories[1] if len(directories) > 1 else new.filter,
+    counts=jax.tree.map(jnp.add, old.counts, more[1]),
+  )
 
 
 def masked(vectors: Float[Array, 'B F D'], mask: Any) -> Float[Array, 'B F D']:

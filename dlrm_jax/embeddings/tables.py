@@ -8,42 +8,46 @@ import optax
 from jax import Array
 from jaxtyping import Float, UInt32
 
+from dlrm_jax.embeddings.directory import Ids
+from dlrm_jax.embeddings.dynamic import initial_vectors
 from dlrm_jax.embeddings.layout import TableLayout
 from dlrm_jax.native.rows import XLA, RowKernels
 from dlrm_jax.optim import bits
 from dlrm_jax.optim.rowwise import init_slots
+from dlrm_jax.sharding import ALONE, Axis
 from dlrm_jax.structs import Table
 
 Layout = dict[str, TableLayout]
 # One pass of random numbers is this many rows: bounds the temporary memory of a start beside tables of any size.
-INIT_ROWS = 1 << 20
+INIT_ROWS = 1 << 18
 
 
 def init_table(
-  layout: TableLayout, dim: int, tx: optax.GradientTransformation, seed: int, dtype: str = 'float32'
+  layout: TableLayout,
+  dim: int,
+  tx: optax.GradientTransformation,
+  seed: int,
+  dtype: str = 'float32',
+  axis: Axis = ALONE,
 ) -> Table:
-  """A new table: each column's rows are normal with standard deviation 1/sqrt(dim), cut at two of them.
+  """A device's part of a new table: rows are normal with standard deviation 1/sqrt(dim), cut at two of them.
 
-  They are a function of (seed, column, row in the column): the same however columns are fused.
-  With dtype bfloat16, value and slots are kept as bits (optim/bits.py).
+  They are a function of (seed, column, bucket): the same however columns are fused and tables are cut. With dtype
+  bfloat16, value and slots are kept as bits (optim/bits.py). Jit it.
   """
-  value = jnp.zeros((layout.rows, dim), jnp.uint16 if dtype == 'bfloat16' else jnp.float32)
-  fill = jax.jit(_fill, static_argnums=(3,), donate_argnums=0)
-  for column, buckets, offset in zip(layout.columns, layout.buckets, layout.offsets, strict=True):
-    key = jax.random.fold_in(jax.random.key(seed), column)
-    for block, start in enumerate(range(0, buckets, INIT_ROWS)):
-      rows = min(INIT_ROWS, buckets - start)
-      value = fill(value, jax.random.fold_in(key, block), offset + start, rows)
-  slots = jax.jit(lambda value: init_slots(tx, value))(value)
-  return Table(value=value, slots=slots, scratch=jnp.zeros(layout.rows, jnp.int32))
+  rows = layout.rows // axis.size
+  size, first = min(INIT_ROWS, rows), axis.index() * rows
+  stored = bits.to_nearest if dtype == 'bfloat16' else lambda value: value
 
+  def fill(i: Array, value: Array) -> Array:
+    start = jnp.minimum(i * size, rows - size)  # the last pass does some rows again
+    column, bucket = layout.origin(first + start + jnp.arange(size, dtype=jnp.int32))
+    ids = Ids(jnp.stack([bucket, jnp.zeros_like(bucket)], axis=1).astype(jnp.uint32), column.astype(jnp.uint32))
+    return jax.lax.dynamic_update_slice(value, stored(initial_vectors(seed, ids, dim)), (start, 0))
 
-def _fill(value: Array, key: Array, start: Array, rows: int) -> Array:
-  dim = value.shape[1]
-  new = jax.random.truncated_normal(key, -2, 2, (rows, dim)) / dim**0.5
-  if value.dtype == jnp.uint16:
-    new = bits.to_nearest(new)
-  return jax.lax.dynamic_update_slice(value, new, (start, 0))
+  empty = jnp.zeros((rows, dim), jnp.uint16 if dtype == 'bfloat16' else jnp.float32)
+  value = jax.lax.fori_loop(0, -(-rows // size), fill, empty)
+  return Table(value=value, slots=init_slots(tx, value), scratch=jnp.zeros(rows, jnp.int32))
 
 
 def resolve(layout: Layout, bucket: UInt32[Array, 'B 26'], weight: Float[Array, 'B']) -> dict[str, Array]:
@@ -52,10 +56,18 @@ def resolve(layout: Layout, bucket: UInt32[Array, 'B 26'], weight: Float[Array, 
 
 
 def lookup(
-  layout: Layout, tables: dict[str, Table], rows: dict[str, Array], kernels: RowKernels = XLA
+  layout: Layout,
+  tables: dict[str, Table],
+  rows: dict[str, Array],
+  kernels: RowKernels = XLA,
+  collect: Callable[[str, Array], Array] = lambda name, vectors: vectors,
 ) -> Float[Array, 'B 26 D']:
-  """Vectors of a batch, columns in natural order C1..C26; no row reads as zero."""
-  return in_order(layout, {name: bits.widen(kernels.read(tables[name].value, rows[name])) for name in layout})
+  """Vectors of a batch, columns in natural order C1..C26; no row reads as zero.
+
+  `collect` makes what was read in a table into the vectors of this device's examples.
+  """
+  read = lambda name: bits.widen(kernels.read(tables[name].value, rows[name]))
+  return in_order(layout, {name: collect(name, read(name)) for name in layout})
 
 
 def in_order(layout: Layout, parts: dict[str, Array]) -> Array:
@@ -69,15 +81,15 @@ def in_order(layout: Layout, parts: dict[str, Array]) -> Array:
 
 def update(
   layout: Layout,
-  step: Callable[[Table, Array, Array], Table],
+  step: Callable[[str, Table, Array, Array], Table],
   tables: dict[str, Table],
   rows: dict[str, Array],
   gradient: Float[Array, 'B 26 D'],
 ) -> dict[str, Table]:
-  """The tables after `step(table, row[N], gradient[N, D])` saw the gradients of what was looked up in each."""
+  """The tables after `step(name, table, row[N], gradient[N, D])` saw the gradients of what was looked up in each."""
   return {
     name: step(
-      tables[name], rows[name].reshape(-1), _of_columns(gradient, table.columns).reshape(-1, gradient.shape[-1])
+      name, tables[name], rows[name].reshape(-1), _of_columns(gradient, table.columns).reshape(-1, gradient.shape[-1])
     )
     for name, table in layout.items()
   }

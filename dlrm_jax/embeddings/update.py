@@ -17,6 +17,7 @@ def update_rows(
   l2: float | Float[Array, ''] = 0.0,
   kernels: RowKernels = XLA,
   step: int | Int32[Array, ''] = 0,
+  first: int | Int32[Array, ''] = 0,
 ) -> Table:
   """The table after one step of `tx` on the rows that the batch touched. Donate the table, or it is copied.
 
@@ -28,13 +29,14 @@ def update_rows(
     grad: gradient with respect to the looked-up vectors.
     l2: l2 times the row is added to the gradient of a touched row, once a step however often it was looked up.
     kernels: what reads, writes and merges rows.
-    step: number of the step; only rounding needs it, where the table is stored as bits.
+    step, first: number of the step, and of the first row in the whole of which this table is a device's part; only
+      rounding needs them, where the table is stored as bits.
 
   Shared slots advance once a call, even if no row is touched.
   """
   places = row.shape[0] if row.shape[0] <= CHUNK else -(-row.shape[0] // CHUNK) * CHUNK
   scratch, distinct, total, count = kernels.merge(table.scratch, row, grad, places)
-  value, slots = update_distinct(tx, table.value, table.slots, distinct, total, count, l2, kernels, step)
+  value, slots = update_distinct(tx, table.value, table.slots, distinct, total, count, l2, kernels, step, first)
   return table.replace(value=value, slots=slots, scratch=scratch)
 
 
@@ -46,13 +48,14 @@ def update_all(
   l2: float | Float[Array, ''] = 0.0,
   kernels: RowKernels = XLA,
   step: int | Int32[Array, ''] = 0,
+  first: int | Int32[Array, ''] = 0,
 ) -> Table:
   """As `update_rows`, but `tx` sees every row, untouched ones with gradient 0: stock TensorFlow's Adam on a Variable.
 
   Costs several passes over the whole table, beside which no `kernels` matter; it must be float32. `l2` still acts on
   touched rows only.
   """
-  del kernels, step
+  del kernels, step, first
   at_row = {'mode': 'drop', 'wrap_negative_indices': False}
   touched = jnp.zeros((table.value.shape[0], 1), bool).at[row].set(True, **at_row)
   total = jnp.zeros_like(table.value).at[row].add(grad, **at_row) + l2 * jnp.where(touched, table.value, 0)

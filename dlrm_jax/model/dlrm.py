@@ -14,6 +14,7 @@ from jaxtyping import Float
 from dlrm_jax.model.interaction import INTERACTIONS
 from dlrm_jax.model.layers import XLA, LayerKernels
 from dlrm_jax.model.mlp import MLP
+from dlrm_jax.sharding import ALONE, Axis
 from dlrm_jax.spec import ModelSpec
 
 
@@ -22,10 +23,11 @@ class DLRM(nn.Module):
 
   spec: ModelSpec
   kernels: LayerKernels = XLA
+  axis: Axis = ALONE
 
   def setup(self) -> None:
     dtype = jnp.dtype(self.spec.dtype)
-    self.bottom_mlp = MLP(self.spec.bottom_mlp, self.spec.batch_norm, dtype, self.kernels.layer)
+    self.bottom_mlp = MLP(self.spec.bottom_mlp, self.spec.batch_norm, dtype, self.kernels.layer, self.axis)
     self.top_mlp = MLP(self.spec.top_mlp, dtype=dtype, layer=self.kernels.layer)
     self.logit_kernel = self.param('logit_kernel', nn.initializers.glorot_uniform(), (self.spec.top_mlp[-1], 1))
     self.logit_bias = self.param('logit_bias', nn.initializers.zeros, ())

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from dlrm_jax.model.layers import Layer, Moments, xla_layer
+from dlrm_jax.sharding import ALONE, Axis
 
 BATCH_NORM_MOMENTUM = 0.99
 BATCH_NORM_EPSILON = 1e-3
@@ -25,6 +26,7 @@ class MLP(nn.Module):
   batch_norm: bool = False
   dtype: DTypeLike = jnp.float32
   layer: Layer = xla_layer
+  axis: Axis = ALONE  # the devices whose examples make up the batch
 
   @nn.compact
   def __call__(self, h: Float[Array, 'K B'], weight: Float[Array, 'B'], train: bool) -> Float[Array, 'N B']:
@@ -47,18 +49,19 @@ class MLP(nn.Module):
     beta = self.param(f'beta_{layer}', nn.initializers.zeros, (size,))
     running = self.variable('batch_stats', f'running_{layer}', _no_statistics, size)
     if train:
-      mean, variance = batch_statistics(moments, weight)
+      moments, total = self.axis.sum_flat((moments, weight.sum()))
+      mean, variance = batch_statistics(moments, total)
       if not self.is_initializing():
-        running.value = update_running(running.value, mean, variance, weight)
+        running.value = update_running(running.value, mean, variance, total)
     else:
       mean, variance = debiased(running.value)
     scale = gamma * jax.lax.rsqrt(variance + BATCH_NORM_EPSILON)
     return scale, beta - mean * scale
 
 
-def batch_statistics(moments: Moments, weight: Float[Array, 'B']) -> tuple[Float[Array, 'N'], Float[Array, 'N']]:
-  """Mean and (biased) variance of each feature over the examples, weighted."""
-  mean, square = (moment / jnp.maximum(weight.sum(), 1) for moment in moments)
+def batch_statistics(moments: Moments, total: Float[Array, '']) -> tuple[Float[Array, 'N'], Float[Array, 'N']]:
+  """Mean and (biased) variance of each feature over the examples, whose weights sum to `total`."""
+  mean, square = (moment / jnp.maximum(total, 1) for moment in moments)
   return mean, jnp.maximum(square - jnp.square(mean), 0)
 
 
@@ -69,9 +72,9 @@ def _no_statistics(size: int) -> Running:
   return {'mean': jnp.zeros(size), 'variance': jnp.zeros(size), 'mass': jnp.zeros(())}
 
 
-def update_running(running: Running, mean: Array, variance: Array, weight: Array) -> Running:
+def update_running(running: Running, mean: Array, variance: Array, total: Array) -> Running:
   """Exponential averages from zero; `mass` is the sum of their weights. A batch of padding changes nothing."""
-  rate = jnp.where(weight.sum() > 0, 1 - BATCH_NORM_MOMENTUM, 0)
+  rate = jnp.where(total > 0, 1 - BATCH_NORM_MOMENTUM, 0)
   new = {'mean': mean, 'variance': variance, 'mass': jnp.ones(())}
   return jax.tree.map(lambda old, value: old + rate * (value - old), running, new)
 

@@ -48,13 +48,15 @@ def update_distinct(
   l2: float | Float[Array, ''] = 0.0,
   kernels: RowKernels = XLA,
   step: int | Int32[Array, ''] = 0,
+  first: int | Int32[Array, ''] = 0,
 ) -> tuple[Stored, Any]:
   """New value and slots after `tx` saw the first `count` lanes; shared slots advance once, even if `count` is 0.
 
   Rows must be distinct in those lanes and past the end ("no row", nothing is written) in the others. K must be at
   most `CHUNK` or a multiple of it. Time goes with `count`: neither the rows of the table nor the other lanes cost
-  anything. `l2` times the row is added to the gradient. `step`, the number of the step, is what rounding at random
-  starts from, where the table is stored as bits.
+  anything. `l2` times the row is added to the gradient. Rounding at random, where the table is stored as
+  bits, starts from `step`, the number of the step, and from the rows' numbers in the whole table, whose row `first` is
+  the first one here.
   """
   size = min(CHUNK, row.shape[0])
   tables, shared = split((value, slots))
@@ -67,7 +69,7 @@ def update_distinct(
     old_value, old_slots = join(bits.widen(kernels.read(tables, lane_row)), shared)
     updates, new_slots = tx.update(lane_grad + l2 * old_value, old_slots, old_value)
     new, new_shared = split((optax.apply_updates(old_value, updates), new_slots))
-    new = bits.narrow(new, tables, lane_row, jnp.asarray(step, jnp.int32))
+    new = bits.narrow(new, tables, lane_row + first, jnp.asarray(step, jnp.int32))
     return kernels.write(tables, lane_row, new), new_shared
 
   chunks = jnp.maximum(1, (count + size - 1) // size)  # at least one, for the shared slots

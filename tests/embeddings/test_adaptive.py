@@ -30,7 +30,7 @@ def test_equals_plain_python():
     hash_row = (number % SHARED).astype(jnp.int32)
     directory, waiting, found = admission.resolve(directory, waiting, ids, jnp.ones(LANES, bool), step)
     table = start_rows(tx, table, found.row, found.fresh, found.count, initial_from(shared_table.value, hash_row))
-    hash_row = shared_rows(found.row, 512, hash_row, SHARED)
+    hash_row = shared_rows(found.row < 512, hash_row, SHARED)
     vectors = XLA.read(table.value, found.row) + XLA.read(shared_table.value, hash_row)
     table = update_rows(tx, table, found.row, gradient)
     return (directory, waiting, table, update_rows(tx, shared_table, hash_row, gradient)), vectors

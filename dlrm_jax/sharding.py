@@ -1,0 +1,119 @@
+"""The devices that a batch and the tables are cut among: one axis, and what the code of one device asks of the others.
+
+A whole training step is one `shard_map`: its code sees the examples of its own device and its own rows of the tables,
+and every word between devices is one of `Axis`'s. On one device each of them is the identity.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int32
+
+NAME = 'devices'
+CUT = PartitionSpec(NAME)  # the leading axis of an array: examples of a batch, rows of a table
+WHOLE = PartitionSpec()  # every device has all of it
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+  """The devices of a mesh with one axis, in order; without a mesh, one device."""
+
+  mesh: Mesh | None = None
+
+  @property
+  def size(self) -> int:
+    """How many they are."""
+    return self.mesh.size if self.mesh else 1
+
+  def index(self) -> int | Int32[Array, '']:
+    """Which of them runs this code."""
+    return jax.lax.axis_index(NAME) if self.mesh else 0
+
+  def sum(self, tree: Any) -> Any:
+    """The sum over the devices of each leaf. Its gradient is that of the sum of what all devices differentiate."""
+    return jax.lax.psum(tree, NAME) if self.mesh else tree
+
+  def sum_flat(self, tree: Any) -> Any:
+    """As `sum`, of float32 leaves, in one message."""
+    if not self.mesh:
+      return tree
+    leaves, structure = jax.tree.flatten(tree)
+    flat = self.sum(jnp.concatenate([leaf.reshape(-1) for leaf in leaves]))
+    ends = list(itertools.accumulate(leaf.size for leaf in leaves))
+    parts = [flat[end - leaf.size : end].reshape(leaf.shape) for leaf, end in zip(leaves, ends, strict=True)]
+    return structure.unflatten(parts)
+
+  def gather(self, tree: Any) -> Any:
+    """The leaves of all devices, one after another along the leading axis."""
+    return jax.lax.all_gather(tree, NAME, tiled=True) if self.mesh else tree
+
+  def scatter_sum(self, x: Array) -> Array:
+    """This device's part of the leading axis of the sum over the devices."""
+    return jax.lax.psum_scatter(x, NAME, tiled=True) if self.mesh else x
+
+  def own(self, x: Array) -> Array:
+    """This device's part of the leading axis of what all devices have."""
+    size = x.shape[0] // self.size
+    return jax.lax.dynamic_slice_in_dim(x, self.index() * size, size) if self.mesh else x
+
+  def over(self, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """The function of whole arrays that runs `function` on every device's parts. Specs are `CUT` and `WHOLE`."""
+    if not self.mesh:
+      return function
+    # check_vma=False: the C++ kernels do not say which of their results are the same on all devices.
+    return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+  def put(self, tree: Any, multiple: int = 1) -> Any:
+    """Arrays of this process as its part of arrays of all processes, cut among the devices.
+
+    Where an array is not so many times a `multiple` long as this process has devices, zeros are put after it.
+    """
+    if not self.mesh:
+      return jax.device_put(tree)
+    sharding, multiple = NamedSharding(self.mesh, CUT), multiple * len(self.mesh.local_devices)
+
+    def put(leaf: np.ndarray) -> Array:
+      more = -len(leaf) % multiple
+      if more:
+        leaf = np.concatenate([leaf, np.zeros((more, *leaf.shape[1:]), leaf.dtype)])
+      return jax.make_array_from_process_local_data(sharding, leaf)
+
+    return jax.tree.map(put, tree)
+
+  def placed(self, specs: Any) -> Any:
+    """Specs as shardings; None on one device."""
+    if not self.mesh:
+      return None
+    is_spec = lambda leaf: isinstance(leaf, PartitionSpec)
+    return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=is_spec)
+
+
+ALONE = Axis()
+
+
+def all_devices() -> Axis:
+  """Every device of every process."""
+  devices = jax.devices()
+  return Axis(Mesh(devices, (NAME,))) if len(devices) > 1 else ALONE
+
+
+def of_first(number: int) -> int:
+  """Process 0's number, in every process. Waits for process 0."""
+  if jax.process_count() == 1:
+    return number
+  return int(multihost_utils.broadcast_one_to_all(np.array(number, np.int32)))
+
+
+def of_all(number: int) -> list[int]:
+  """Every process's number, in every process. Waits for all."""
+  if jax.process_count() == 1:
+    return [number]
+  return multihost_utils.process_allgather(np.array(number, np.int32)).tolist()

@@ -1,0 +1,177 @@
+"""One device, two and four give the same numbers; the tables, given the same gradients, the same bits."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from dlrm_jax.embeddings.layout import BLOCK, PARTS, TableLayout
+from dlrm_jax.program import make_program
+from dlrm_jax.sharding import ALONE, CUT, NAME, WHOLE, Axis
+from dlrm_jax.state import abstract_state, init_state, state_specs
+from dlrm_jax.step import jit_predict, jit_train_step
+from dlrm_jax.structs import Batch
+from tests.helpers import small_spec
+
+COUNTER = {'embedding__admission__name': 'counter', 'embedding__admission__threshold': 3}
+ROOM = {'embedding__rows': 48 * 512, 'embedding__admission__expected_ids': 48 * 512}
+DYNAMIC = {'embedding__kind': 'dynamic'} | ROOM
+CUT_ALL = {'embedding__shard_mb': 0.0}
+CASES = {
+  'held by all': {},
+  'static': CUT_ALL,
+  'bfloat16': CUT_ALL | {'embedding__dtype': 'bfloat16'},
+  'all rows': CUT_ALL | {'optimizer__table_update': 'all', 'optimizer__name': 'adam'},
+  'dot, slices': CUT_ALL | {'model__interaction': 'dot', 'micro_batch': 2},
+  'dynamic': DYNAMIC,
+  'counter': DYNAMIC | COUNTER,
+  'bloom': DYNAMIC | COUNTER | {'embedding__admission__name': 'counting_bloom'},
+  'width': DYNAMIC | {'embedding__width__name': 'dynamic', 'embedding__width__every': 3},
+  'adaptive': DYNAMIC | COUNTER | CUT_ALL | {'embedding__kind': 'adaptive'},
+}
+
+
+def devices(number):
+  return Axis(Mesh(jax.devices()[:number], (NAME,))) if number > 1 else ALONE
+
+
+def make_batch(seed, size=32, padding=3):
+  """Long-tailed ids, the same ones again and again; the last examples are padding."""
+  rng = np.random.default_rng(seed)
+  number = rng.zipf(1.3, (size, 26)).astype(np.uint32) % 200
+  weight = np.ones(size, np.float32)
+  weight[size - padding :] = 0
+  return Batch(
+    label=(rng.random(size) < 0.3).astype(np.float32),
+    dense=rng.normal(size=(size, 13)).astype(np.float32),
+    bucket=number % 50,
+    weight=weight,
+    key=np.stack([number * np.uint32(2654435761), number * np.uint32(40503) + np.uint32(7)], axis=-1),
+  )
+
+
+@functools.cache
+def trained(case, number):
+  """(losses, state, logits) after eight steps on so many devices."""
+  spec = small_spec('data', 'result', **CASES[case])
+  program = make_program(spec, devices(number))
+  put = functools.partial(program.axis.put, multiple=spec.micro_batch)
+  state, step, losses = init_state(program), jit_train_step(program), []
+  for seed in range(8):
+    state, metrics = step(state, put(make_batch(seed)))
+    losses.append(float(metrics['loss']))
+  logit, _, weight = jax.device_get(jit_predict(program)(state, put(make_batch(9))))
+  return losses, jax.device_get(state), logit[weight > 0]
+
+
+@pytest.mark.parametrize(('case', 'number'), [*((case, 4) for case in CASES), ('counter', 2)])
+def test_training_does_not_depend_on_the_number_of_devices(case, number):
+  losses, state, logit = trained(case, 1)
+  other_losses, other, other_logit = trained(case, number)
+  np.testing.assert_allclose(other_losses[0], losses[0], rtol=1e-6)
+  np.testing.assert_allclose(other_losses, losses, rtol=1e-5)
+  np.testing.assert_allclose(other_logit, logit, atol=1e-4)
+  # Who has which row, how often it was seen and what was counted does not even differ by rounding.
+  jax.tree.map(np.testing.assert_array_equal, other.known, state.known)
+
+
+def lookup_and_update(program, state, batch, gradient):
+  """The vectors of a batch, and the tables after a gradient of them, by the functions of a step."""
+
+  def work(state, batch, gradient):
+    tables, known, found = program.embeddings.resolve(state.tables, state.known, batch, state.step)
+    vectors = program.embeddings.lookup(tables, found)
+    return vectors, program.embeddings.update(tables, found, gradient, state.step), known
+
+  specs_ = state_specs(program)
+  over = program.axis.over(work, (specs_, CUT, CUT), (CUT, specs_.tables, specs_.known))
+  return jax.jit(over)(state, batch, gradient)
+
+
+@pytest.mark.parametrize(
+  ('case', 'optimizer'),
+  [
+    *(('static', name) for name in ('adam', 'adagraddecay', 'adagrad', 'gradientdescent')),
+    *((case, 'adamasync') for case in ('static', 'bfloat16', 'dynamic', 'adaptive')),
+  ],
+)
+def test_lookup_and_update_have_the_same_bits_on_any_number_of_devices(case, optimizer):
+  spec = small_spec('data', 'result', **CASES[case], optimizer__name=optimizer)
+  gradients = np.random.default_rng(1).normal(size=(2, 32, 26, 8)).astype(np.float32)
+  results = []
+  for number in (1, 2, 4) if case == 'static' else (1, 4):
+    program = make_program(spec, devices(number))
+    state, vectors = init_state(program), []
+    for seed, gradient in enumerate(gradients):
+      got, tables, known = lookup_and_update(program, state, program.axis.put(make_batch(seed)), gradient)
+      state = state.replace(tables=tables, known=known)
+      vectors.append(got)
+    tables = {name: (table.value, table.slots) for name, table in tables.items()}  # the scratch is nobody's business
+    results.append(jax.device_get((vectors, tables, known)))
+  for result in results[1:]:
+    jax.tree.map(np.testing.assert_array_equal, result, results[0])
+
+
+def test_every_device_has_an_equal_part_of_the_rows():
+  program = make_program(small_spec('data', 'result', **DYNAMIC), devices(4))
+  state = init_state(program)
+  for leaf in (state.tables['fused'].value, state.tables['fused'].slots.m, state.known['fused'].directory.entry):
+    assert {shard.data.shape[0] for shard in leaf.addressable_shards} == {leaf.shape[0] // 4}
+  assert all(shard.data.shape == state.params['logit_kernel'].shape
+             for shard in state.params['logit_kernel'].addressable_shards)  # fmt: skip
+
+
+@pytest.mark.parametrize('parts', [1, PARTS])
+def test_every_row_has_a_place_of_its_own(parts):
+  layout = TableLayout((3, 4, 9), (70_000, 3, 1000), parts)
+  row = jnp.arange(71_003)
+  place = np.asarray(layout.dealt(row))
+  assert len(set(place.tolist())) == 71_003
+  assert place.max() < layout.rows
+  column, bucket = layout.origin(jnp.asarray(place))
+  np.testing.assert_array_equal(column, np.repeat([3, 4, 9], layout.buckets))
+  np.testing.assert_array_equal(bucket, np.concatenate([np.arange(n) for n in layout.buckets]))
+
+
+@pytest.mark.parametrize('number', [2, 4, 10])
+def test_rows_are_dealt_out_evenly(number):
+  # The first column has nearly all rows, the others nearly all lookups.
+  layout = TableLayout((0, 1, 2), (1_000_000, 8 * BLOCK * number, 3), PARTS)
+  place = np.asarray(layout.dealt(jnp.arange(1_000_000, sum(layout.buckets) - 3)))
+  owners = np.bincount(place // (layout.rows // number), minlength=number)
+  assert owners.max() <= owners.mean() + 2 * BLOCK
+
+
+def test_where_parts_cannot_be_equal_every_device_has_all():
+  spec = small_spec('data', 'result', **CUT_ALL)
+  axis = Axis(jax.sharding.AbstractMesh((7,), (NAME,)))
+  assert not make_program(spec, axis).embeddings.is_cut('fused')
+  assert make_program(spec, Axis(jax.sharding.AbstractMesh((5,), (NAME,)))).embeddings.is_cut('fused')
+
+
+def test_arrays_do_not_depend_on_the_number_of_devices():
+  spec = small_spec('data', 'result', **CASES['adaptive'])
+  one, four = (make_program(spec, devices(number)) for number in (1, 4))
+  assert jax.tree.map(lambda leaf: leaf.shape, abstract_state(one)) == jax.tree.map(
+    lambda leaf: leaf.shape, abstract_state(four)
+  )
+  jax.tree.map(np.testing.assert_array_equal, *(jax.device_get(init_state(program).tables) for program in (one, four)))
+
+
+def test_specs_name_every_array_of_a_state():
+  program = make_program(small_spec('data', 'result', **CASES['width']), devices(4))
+  named = state_specs(program)
+  assert jax.tree.structure(named) == jax.tree.structure(abstract_state(program))
+  assert named.known['fused'].counts.asked == WHOLE
+  assert named.known['fused'].widths.mean == CUT
+
+
+def test_batches_are_padded_to_what_the_devices_can_share_out():
+  batch = make_batch(0, size=30)
+  put = devices(4).put(batch, multiple=2)
+  assert put.label.shape == (32,)
+  np.testing.assert_array_equal(put.weight[:30], batch.weight)
+  assert not np.asarray(put.weight[30:]).any()
