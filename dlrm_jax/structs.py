@@ -50,14 +50,15 @@ class Widths:
 
 @struct.dataclass
 class Counts:
-  """What became of the lookups and ids of a directory since training began, modulo 2**32."""
+  """What became of the lookups and ids of a directory since training began, by the columns of its table, each number
+  modulo 2**32: differences and sums are the host's, see `upkeep`."""
 
-  lookups: Array  # u32[], of training
-  admitted: Array  # u32[], ids that got a row
-  refused: Array  # u32[], lookups of ids that were not yet admitted
-  unplaced: Array  # u32[], lookups of ids for which there was no place
-  evicted: Array  # u32[], ids that lost their row
-  asked: Array  # u32[2], lookups and unplaced when it was last asked whether it is time to grow
+  lookups: Array  # u32[columns], of training
+  admitted: Array  # u32[columns], ids that got a row
+  refused: Array  # u32[columns], lookups of ids that were not yet admitted
+  unplaced: Array  # u32[columns], lookups of ids for which there was no place
+  evicted: Array  # u32[columns], ids that lost their row
+  asked: Array  # u32[2, columns], lookups and unplaced when it was last asked whether it is time to grow
 
 
 @struct.dataclass

@@ -179,7 +179,7 @@ def evaluation_of(run: Run) -> Scalars:
   with sources.eval_batches(run.sources, run.spec, run.program.axis) as batches:
     result = evaluate(run.predict, run.state, (batch for batch, _ in batches))
   warn_of_skipped(sum(of_all(batches.items.skipped_rows)), 'evaluation')
-  run.records.write('eval', run.step, result | per_column(run.state.known))
+  run.records.write('eval', run.step, result | per_column(run.program, run.state))
   seconds = time.perf_counter() - started
   shown = ', '.join(f'{name} {value:.6g}' for name, value in result.items() if value is not None)
   logging.info('evaluation at step %d: %s (%.1f s)', run.step, shown, seconds)

@@ -19,6 +19,7 @@ from dlrm_jax.embeddings import directory as directories
 from dlrm_jax.embeddings import width
 from dlrm_jax.embeddings.dynamic import make_table
 from dlrm_jax.embeddings.eviction import EVICTIONS, evict_ids, least_recent
+from dlrm_jax.embeddings.layout import TableLayout
 from dlrm_jax.native.rows import xla_write
 from dlrm_jax.program import Program
 from dlrm_jax.sharding import ALONE
@@ -43,6 +44,7 @@ class Upkeep:
     gone = EVICTIONS[embedding.eviction.name]
     gone = gone(*parameters[embedding.eviction.name])
     self._embedding = embedding
+    self._features = {name: features_of(table) for name, table in program.embeddings.layout.items()}
     self._placing = state_placing(program)
     self._evict = self._jit(functools.partial(_evict, gone), donate_argnums=0)
     self._refresh = self._jit(_refresh, donate_argnums=0)
@@ -69,7 +71,8 @@ class Upkeep:
     if eviction.name != 'never' and step % eviction.every == 0:
       before = _total(state.known, 'evicted')
       known = {
-        name: self._evict(name, known, state.tables[name].value, state.step - 1) for name, known in state.known.items()
+        name: self._evict(name, known, state.tables[name].value, state.step - 1, self._features[name])
+        for name, known in state.known.items()
       }
       state = state.replace(known=known)
       logging.info('step %d: %d ids evicted', step, _total(known, 'evicted') - before)
@@ -106,28 +109,29 @@ class Upkeep:
         limit / 1e9, 'the ids unseen for longest go' if evicts else 'new ids without a place read as zero',
       )  # fmt: skip
     if evicts:
-      known = self._drop(name, known, tuple(parts))
+      known = self._drop(name, known, tuple(parts), self._features[name])
     return state.replace(known=state.known | {name: known})
 
 
 PARTS = {'table': 'the table', 'filter': 'the directory of ids that wait'}
 
 
-def _evict(gone: Any, known: Vocabulary, value: Array, step: Array) -> Vocabulary:
-  directory, remembered, number = evict_ids(gone, known.directory, known.filter, value, step)
-  return _fewer(known.replace(filter=remembered), directory, number)
+def _evict(gone: Any, known: Vocabulary, value: Array, step: Array, features: Array) -> Vocabulary:
+  directory, remembered = evict_ids(gone, known.directory, known.filter, value, step)
+  return _fewer(known.replace(filter=remembered), directory, features)
 
 
-def _drop(known: Vocabulary, parts: tuple[str, ...]) -> Vocabulary:
+def _drop(known: Vocabulary, parts: tuple[str, ...], features: Array) -> Vocabulary:
   """Without the ids that were seen longest ago."""
   drop = lambda full: directories.evict(full, least_recent(full, int(KEPT_SHARE * directories.rows_of(full))))
   if 'filter' in parts:
-    known = known.replace(filter=drop(known.filter)[0])
-  return _fewer(known, *drop(known.directory)) if 'table' in parts else known
+    known = known.replace(filter=drop(known.filter))
+  return _fewer(known, drop(known.directory), features) if 'table' in parts else known
 
 
-def _fewer(known: Vocabulary, directory: Directory, number: Array) -> Vocabulary:
-  counts = known.counts.replace(evicted=known.counts.evicted + number.astype(jnp.uint32))
+def _fewer(known: Vocabulary, directory: Directory, features: Array) -> Vocabulary:
+  gone = directories.gone_per_feature(known.directory, directory, features)
+  counts = known.counts.replace(evicted=known.counts.evicted + gone)
   widths = known.widths and width.forget_free(directory, known.widths)
   return known.replace(directory=directory, widths=widths, counts=counts)
 
@@ -145,7 +149,7 @@ def full_parts(known: Vocabulary) -> list[str]:
   """Which of `PARTS` must grow. Waits for the last step."""
   counts = jax.device_get(known.counts)
   lookups, unplaced = (
-    int(now - then) for now, then in zip((counts.lookups, counts.unplaced), counts.asked, strict=True)
+    sum((now - then).tolist()) for now, then in zip((counts.lookups, counts.unplaced), counts.asked, strict=True)
   )
   parts = {'table': known.directory}
   if isinstance(known.filter, Directory):
@@ -212,7 +216,7 @@ def bytes_of(tree: Any) -> int:
 
 
 def _total(known: dict[str, Vocabulary], name: str) -> int:
-  return sum(int(getattr(vocabulary.counts, name)) for vocabulary in known.values())
+  return sum(sum(np.asarray(getattr(vocabulary.counts, name)).tolist()) for vocabulary in known.values())
 
 
 def numbers_of(known: dict[str, Vocabulary]) -> dict[str, float | int]:
@@ -226,9 +230,34 @@ def numbers_of(known: dict[str, Vocabulary]) -> dict[str, float | int]:
   return {'ids': used, 'load': used / rows, **numbers, 'ids_memory_gb': bytes_of(known) / 1e9}
 
 
-def per_column(known: dict[str, Vocabulary]) -> dict[str, int]:
-  """Ids that have a row, by column. A pass over all rows."""
-  numbers = np.zeros(len(CATEGORIES), int)
-  for vocabulary in known.values():
-    numbers += np.asarray(jax.jit(directories.ids_per_feature, static_argnums=1)(vocabulary.directory, len(CATEGORIES)))
-  return {f'ids_{name}': int(number) for name, number in zip(CATEGORIES, numbers, strict=True)} if known else {}
+def per_column(program: Program, state: TrainState) -> dict[str, float | int]:
+  """Of each column, and the load of each table, for the record of an evaluation. Passes over all rows."""
+  numbers = {}
+  count = jax.jit(directories.ids_per_feature)
+  for name, known in state.known.items():
+    layout, counts = program.embeddings.layout[name], jax.device_get(known.counts)
+    features = features_of(layout)
+    parts = {'ids': count(known.directory, features)}
+    if isinstance(known.filter, Directory):
+      parts['waiting'] = count(known.filter, features)
+    parts |= {part: getattr(counts, part) for part in ('lookups', 'admitted', 'refused', 'unplaced', 'evicted')}
+    columns = [CATEGORIES[column] for column in layout.columns]
+    for part, values in parts.items():
+      numbers |= {f'{part}_{column}': value for column, value in zip(columns, np.asarray(values).tolist(), strict=True)}
+    row = bytes_per_row(directories.rows_of(known.directory), (state.tables[name], known.widths))
+    for column in columns:
+      waiting = numbers.get(f'waiting_{column}', 0)
+      numbers[f'memory_gb_{column}'] = (numbers[f'ids_{column}'] * row + waiting * directories.BYTES_PER_ROW) / 1e9
+    numbers[f'load_{name}'] = int(known.directory.used) / directories.rows_of(known.directory)
+  return numbers
+
+
+def bytes_per_row(rows: int, tree: Any) -> int:
+  """Memory of a row of a table of embedding variables: its id's, and that of the arrays in `tree` that are per row."""
+  per_row = [leaf for leaf in jax.tree.leaves(tree) if leaf.shape[:1] == (rows,)]
+  return bytes_of(per_row) // rows + directories.BYTES_PER_ROW
+
+
+def features_of(layout: TableLayout) -> np.ndarray:
+  """The columns of a table as directories store them, u32[columns]."""
+  return np.array(layout.columns, np.uint32)

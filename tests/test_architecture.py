@@ -14,7 +14,7 @@ ORDER = [
   ['program', 'state', 'step', 'upkeep'],
   ['checkpoint', 'evaluate', 'logs', 'sources'],
   ['train'],
-  ['main'],
+  ['main', 'inspect_checkpoint'],
 ]
 
 

@@ -1,5 +1,6 @@
 """Whole runs with embedding variables: they fill, evict, grow, stop and go on, and evaluation changes nothing."""
 
+import collections
 import dataclasses
 import json
 
@@ -7,13 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from dlrm_jax import sources, train
+from dlrm_jax import sources, train, upkeep
 from dlrm_jax.checkpoint.full import CheckpointError, Checkpoints
 from dlrm_jax.embeddings import directory as directories
 from dlrm_jax.program import make_program
 from dlrm_jax.spec import COLUMNS
 from dlrm_jax.state import init_state
 from dlrm_jax.step import jit_predict, jit_train_step
+from tests.embeddings import reference_variables as reference
 from tests.helpers import small_spec
 
 VARIABLES = {'embedding__kind': 'dynamic', 'embedding__rows': 512, 'no_eval': True}
@@ -88,8 +90,78 @@ def test_tables_grow_until_all_ids_have_their_row(criteo, tmp_path, caplog):
   *_, before, last, evaluation = lines
   assert before['lookups_unplaced'] == last['lookups_unplaced']
   assert last['ids'] == sum(evaluation[f'ids_C{column + 1}'] for column in range(COLUMNS)) == known.directory.used
-  assert evaluation['ids_C1'] == 4
+  assert evaluation['ids_C1'] == evaluation['admitted_C1'] == 4
+  assert evaluation['lookups_C1'] == 5 * 600
+  assert evaluation['load_fused'] == last['load']
   assert evaluation['auc'] > 0.8
+
+
+COUNTED = ('lookups', 'admitted', 'refused', 'unplaced', 'evicted')
+
+
+@pytest.mark.parametrize('fusion', [True, False])
+def test_the_counts_of_each_column_are_those_of_plain_python(criteo, tmp_path, fusion):
+  fields = VARIABLES | COUNTER | OLD | {'embedding__fusion': fusion, 'embedding__admission__threshold': 2}
+  spec = small_spec(criteo, tmp_path, **fields)
+  program = make_program(spec)
+  state, step_fn, keep = init_state(program), jit_train_step(program), upkeep.Upkeep(program)
+  make = lambda: reference.Variables(
+    reference.Ids(1, 64, 8), reference.Counter(2, 1, 64, 8), lambda id: np.zeros(1), 0, 0
+  )
+  expected = {name: make() for name in program.embeddings.layout}
+  number = collections.defaultdict(collections.Counter)
+  with sources.train_batches(sources.open_sources(spec), spec, sources.START) as batches:
+    for step in range(19):  # the epoch; its last batch is partly padding
+      batch, _ = next(batches)
+      for name, table in program.embeddings.layout.items():
+        ids = ids_of(batch, table.columns)
+        _, fresh, refused, unplaced, _ = expected[name].lookup(ids, step)
+        lookups = [lane for lane, id in enumerate(ids) if id]
+        for part, lanes in zip(COUNTED[:4], (lookups, fresh, refused, unplaced), strict=True):
+          number[part].update(ids[lane][2] for lane in lanes)
+        if (step + 1) % spec.embedding.eviction.every == 0:
+          before = set(expected[name].ids.known)
+          expected[name].evict('global_step', spec.embedding.eviction.steps_to_live, step)
+          number['evicted'].update(id[2] for id in before - set(expected[name].ids.known))
+      state, _ = step_fn(state, batch)
+      state = keep(state, step + 1)
+  for table in expected.values():
+    number['ids'].update(id[2] for id in table.ids.known)
+    number['waiting'].update(id[2] for id in table.admission.waiting.known)
+  found, totals = upkeep.per_column(program, state), upkeep.numbers_of(state.known)
+  for part in (*COUNTED, 'ids', 'waiting'):
+    assert [found[f'{part}_C{column + 1}'] for column in range(COLUMNS)] == [number[part][c] for c in range(COLUMNS)]
+    assert number[part].total() > 0 or (part == 'unplaced' and not fusion)
+  # A row: 8 numbers of 4 bytes and twice as much of Adam's, 16 bytes of its id, 4 of scratch; 16 an id that waits.
+  sizes = [number['ids'][c] * (3 * 32 + 16 + 4) + number['waiting'][c] * 16 for c in range(COLUMNS)]
+  assert [found[f'memory_gb_C{column + 1}'] for column in range(COLUMNS)] == pytest.approx([s / 1e9 for s in sizes])
+  for name, table in expected.items():
+    assert found[f'load_{name}'] == len(table.ids.known) / 512
+  assert totals['ids_admitted'] == number['admitted'].total()
+  assert totals['ids_evicted'] == number['evicted'].total()
+  assert totals['lookups_refused'] == number['refused'].total()
+  assert totals['lookups_unplaced'] == number['unplaced'].total()
+
+
+def ids_of(batch, columns):
+  """(low, high, feature) of a batch's lookups in a table, None for padding."""
+  return [
+    (*key[column].tolist(), column) if weight else None
+    for key, weight in zip(np.asarray(batch.key), batch.weight.tolist(), strict=True)
+    for column in columns
+  ]
+
+
+def test_sums_go_beyond_32_bits_and_differences_across_their_end(criteo, tmp_path):
+  program = make_program(small_spec(criteo, tmp_path, **VARIABLES))
+  known = init_state(program).known['fused']
+  full = np.full(COLUMNS, 2**32 - 1, np.uint32)
+  counts = known.counts.replace(refused=full, lookups=full + np.uint32(101), asked=np.stack([full, full]))
+  known = known.replace(counts=counts.replace(unplaced=full + np.uint32(0)))
+  assert upkeep.numbers_of({'fused': known})['lookups_refused'] == 26 * (2**32 - 1)
+  assert upkeep.full_parts(known) == []  # 26 * 101 lookups since it was asked, none without a place
+  known = known.replace(counts=known.counts.replace(unplaced=full + np.uint32(1)))
+  assert upkeep.full_parts(known) == ['table']
 
 
 @pytest.mark.parametrize('policy', ['refuse', 'evict'])
@@ -100,8 +172,8 @@ def test_at_the_limit_of_memory(criteo, tmp_path, caplog, policy):
   known = saved(tmp_path / 'c', spec).known['fused']
   assert directories.rows_of(known.directory) == 512
   assert caplog.text.count('config.embedding.memory_gb=0.0002') == 1
-  assert (int(known.counts.evicted) > 0) == (policy == 'evict')
-  assert int(known.counts.unplaced) > 0
+  assert (known.counts.evicted.sum() > 0) == (policy == 'evict')
+  assert known.counts.unplaced.sum() > 0
   assert_whole({'fused': known})
 
 
@@ -133,6 +205,24 @@ def test_a_checkpoint_of_another_filter_is_one_line(criteo, tmp_path):
     other = small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'c'), steps=5, **VARIABLES | fields)
     with pytest.raises(CheckpointError, match=f'config.embedding.{word}'):
       saved(tmp_path / 'c', other)
+
+
+def test_a_checkpoint_that_counted_otherwise_is_one_line(criteo, tmp_path):
+  spec = small_spec(criteo, tmp_path, steps=3, **VARIABLES)
+  program = make_program(spec)
+  state = init_state(program)
+  known = state.known['fused']
+  totals = known.replace(counts=jax.tree.map(lambda leaf: leaf.sum(axis=-1), known.counts))
+  with Checkpoints(tmp_path / 'c' / 'checkpoints', 1) as checkpoints:
+    checkpoints.save(state.replace(known={'fused': totals}), {}, spec)
+    checkpoints.wait()
+  with pytest.raises(CheckpointError) as error:
+    saved(tmp_path / 'c', spec)
+  assert f'{tmp_path / "c" / "checkpoints" / "0"} is of another version' in str(error.value)
+  assert 'known.fused.counts.' in str(error.value)
+  assert '()' in str(error.value)
+  assert '(26,)' in str(error.value)
+  assert '\n' not in str(error.value)
 
 
 @pytest.mark.parametrize('kind', [{}, COUNTER, ADAPTIVE], ids=['always', 'counter', 'adaptive'])

@@ -131,7 +131,7 @@ class Checkpoints:
     template = abstract_state(program)
     if template.known:
       saved = self._manager.item_metadata(step).state
-      template = as_saved(template, getattr(saved, 'tree', saved))
+      template = as_saved(template, getattr(saved, 'tree', saved), f'{self.folder}/{step}')
     placing = placing_of(program)
     placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     abstract = jax.tree.map(placed, to_dict(template), to_dict(placing))
@@ -174,15 +174,28 @@ def from_dict(template: TrainState, tree: dict[str, Any], placing: TrainState) -
   return serialization.from_state_dict(template, {'known': {}} | tree | {'tables': tables})
 
 
-def as_saved(template: TrainState, metadata: Any) -> TrainState:
-  """The template with the shapes of a checkpoint: directories may have grown since they were begun."""
+def as_saved(template: TrainState, metadata: Any, where: str) -> TrainState:
+  """The template with the shapes of a checkpoint: directories may have grown since they were begun.
+
+  Raises CheckpointError for a checkpoint of another version of this program, which kept other arrays.
+  """
   tree = {name: serialization.to_state_dict(getattr(template, name)) for name in ('tables', 'known')}
   for table in tree['tables'].values():
     del table['scratch']
 
-  def shaped(part: Any, saved: Any) -> Any:
+  def shaped(part: Any, saved: Any, path: str = '') -> Any:
     if isinstance(part, dict):
-      return {name: shaped(child, saved[name]) if jax.tree.leaves(child) else child for name, child in part.items()}
+      saved = saved if isinstance(saved, dict) else {}
+      return {
+        name: shaped(child, saved.get(name), f'{path}.{name}') if jax.tree.leaves(child) else child
+        for name, child in part.items()
+      }
+    if saved is None or len(saved.shape) != part.ndim:
+      raise CheckpointError(
+        f'{where} is of another version of this program: its state{path} is '
+        f'{"missing" if saved is None else f"of shape {tuple(saved.shape)}"}, where this version has {part.shape}; go '
+        'on with that version, or set config.checkpoint to another folder'
+      )
     return jax.ShapeDtypeStruct(tuple(saved.shape), part.dtype)
 
   tree = shaped(tree, metadata)
@@ -213,7 +226,7 @@ def resized(program: Program, state: TrainState, saved: dict[str, Any]) -> Train
 
 def check_same_model(saved: dict[str, Any], current: dict[str, Any], where: str) -> None:
   """Raises CheckpointError naming the first field in which a checkpoint's model differs from the configured one."""
-  saved, current = _flat(saved), _flat(current)
+  saved, current = flat(saved), flat(current)
   keyed = current['embedding.kind'] in specs.KEYED
   for name in current:
     if name in FREE_FIELDS_OF_ADMISSION[current['embedding.admission.name']]:
@@ -232,14 +245,15 @@ def check_same_model(saved: dict[str, Any], current: dict[str, Any], where: str)
       )
 
 
-def _flat(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-  flat = {}
+def flat(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+  """The fields of a config by their dotted names; tuples as lists, which is what JSON has."""
+  fields = {}
   for name, value in tree.items():
     if isinstance(value, dict):
-      flat |= _flat(value, f'{prefix}{name}.')
+      fields |= flat(value, f'{prefix}{name}.')
     else:
-      flat[prefix + name] = list(value) if isinstance(value, tuple) else value
-  return flat
+      fields[prefix + name] = list(value) if isinstance(value, tuple) else value
+  return fields
 
 
 def first_line(error: BaseException) -> str:

@@ -161,13 +161,13 @@ def _address(directory: Directory, row: Array, field: int) -> tuple[Array, int, 
   return row // ways, field, row % ways
 
 
-def evict(directory: Directory, gone: Bool[Array, 'rows']) -> tuple[Directory, Int32[Array, '']]:
-  """The directory without the ids of these rows, and how many they were. A pass over all rows: between steps."""
+def evict(directory: Directory, gone: Bool[Array, 'rows']) -> Directory:
+  """The directory without the ids of these rows. A pass over all rows: between steps."""
   old = directory.entry[:, :, FREQUENCY]
   new = jnp.where(gone.reshape(old.shape), 0, old)
   used = jnp.sum(new > 0, dtype=jnp.int32)
   entry = directory.entry.at[:, :, FREQUENCY].set(new)
-  return Directory(entry=entry, used=used), directory.used - used
+  return Directory(entry=entry, used=used)
 
 
 def is_full(directory: Directory, lookups: int, without_place: int) -> bool:
@@ -214,11 +214,16 @@ def insert(directory: Directory, old: Entries, kernels: DirectoryKernels = XLA) 
   return directory.replace(entry=flat.reshape(directory.entry.shape)), claimed.row
 
 
-def ids_per_feature(directory: Directory, features: int) -> Int32[Array, 'features']:
-  """How many ids of each feature have a row. A pass over all rows: for the log."""
-  stamp, used = directory.entry[:, :, STAMP], directory.entry[:, :, FREQUENCY] > 0
+def ids_per_feature(directory: Directory, features: UInt32[Array, 'F']) -> UInt32[Array, 'F']:
+  """How many ids of each of these features have a row. A pass over all rows for each: for the log."""
+  return _per_feature(directory, directory.entry[:, :, FREQUENCY] > 0, features)
 
-  def count(feature: Array) -> Array:
-    return jnp.sum(used & (stamp % FEATURES == feature), dtype=jnp.int32)
 
-  return jax.lax.map(count, jnp.arange(features, dtype=jnp.uint32))
+def gone_per_feature(old: Directory, new: Directory, features: UInt32[Array, 'F']) -> UInt32[Array, 'F']:
+  """How many ids of each of these features `evict` took the row from, when it made `new` of `old`."""
+  return _per_feature(new, (old.entry[:, :, FREQUENCY] > 0) & (new.entry[:, :, FREQUENCY] == 0), features)
+
+
+def _per_feature(directory: Directory, which: Array, features: Array) -> Array:
+  stamp = directory.entry[:, :, STAMP]
+  return jax.lax.map(lambda feature: jnp.sum(which & (stamp % FEATURES == feature), dtype=jnp.uint32), features)

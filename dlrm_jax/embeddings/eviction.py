@@ -60,12 +60,12 @@ def least_recent(directory: Directory, keep: int) -> Bool[Array, 'rows']:
 
 def evict_ids(
   gone: Gone, directory: Directory, remembered: Any, value: Stored, step: Int32[Array, '']
-) -> tuple[Directory, Any, Int32[Array, '']]:
-  """The directory, and the filter of its admission, without those that must go, and how many rows became free."""
-  directory, number = evict(directory, gone(directory, value, step))
+) -> tuple[Directory, Any]:
+  """The directory, and the filter of its admission, without those that must go."""
+  directory = evict(directory, gone(directory, value, step))
   if isinstance(remembered, Directory):
-    remembered, _ = evict(remembered, gone(remembered, None, step))
-  return directory, remembered, number
+    remembered = evict(remembered, gone(remembered, None, step))
+  return directory, remembered
 
 
 EVICTIONS = {'never': lambda: never, 'global_step': global_step, 'l2': l2}

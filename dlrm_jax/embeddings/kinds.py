@@ -18,7 +18,8 @@ from jaxtyping import Float, Int32
 
 from dlrm_jax.embeddings import tables
 from dlrm_jax.embeddings.adaptive import initial_from, shared_rows
-from dlrm_jax.embeddings.admission import Admission, Resolved
+from dlrm_jax.embeddings.admission import Admission
+from dlrm_jax.embeddings.counts import counted, no_counts
 from dlrm_jax.embeddings.directory import PAGE_ROWS, Ids, Shard, find, make_directory, owned, rows_of, whole_pages
 from dlrm_jax.embeddings.directory import WHOLE as DIRECTORY
 from dlrm_jax.embeddings.dynamic import initial_vectors, make_table, start_rows, take
@@ -29,7 +30,7 @@ from dlrm_jax.native.rows import RowKernels
 from dlrm_jax.optim import bits
 from dlrm_jax.sharding import ALONE, CUT, WHOLE, Axis
 from dlrm_jax.spec import COLUMNS, EmbeddingSpec
-from dlrm_jax.structs import Batch, Counts, Directory, Table, Vocabulary
+from dlrm_jax.structs import Batch, Directory, Table, Vocabulary
 
 Tables = dict[str, Table]
 Vocabularies = dict[str, Vocabulary]
@@ -169,9 +170,7 @@ class Dynamic(Static):
     devices, width = self.axis.size if self.is_cut(name) else 1, self.spec.width
     directory = make_directory(rows // devices)
     widths = make_widths(directory, width.blocks) if width.name == 'dynamic' else ()
-    # Five arrays, not one five times: a step writes into each of them.
-    zeros = (jnp.zeros((), jnp.uint32) for _ in range(5))
-    counts = Counts(*zeros, asked=jnp.zeros(2, jnp.uint32))
+    counts = no_counts(len(self.layout[name].columns))
     return Vocabulary(directory=directory, filter=self.admission.init(devices), widths=widths, counts=counts)
 
   def shard(self, name: str) -> Shard:
@@ -189,7 +188,8 @@ class Dynamic(Static):
       directory, remembered, found = self.admission.resolve(old.directory, old.filter, ids, wanted, step, shard)
       initial = self.initial(name, tables_, ids, batch)
       tables_[name] = start_rows(self.tx, tables_[name], found.row, found.fresh, found.count, initial, self.rows)
-      new = old.replace(directory=directory, filter=remembered, counts=counted(old.counts, wanted, found))
+      counts = jax.tree.map(jnp.add, old.counts, counted(table.columns, ids, wanted, found))
+      new = old.replace(directory=directory, filter=remembered, counts=counts)
       known[name] = together(self.axis, old, new) if self.is_cut(name) else new
       rows[name] = found.row.reshape(batch.weight.shape[0], -1)
     return tables_, known, self.found(known, batch, rows)
@@ -293,17 +293,6 @@ def ids_of(batch: Batch, table: TableLayout) -> Ids:
 def wanted_of(batch: Batch, table: TableLayout) -> Array:
   """Which of these are of examples, not of padding: bool[N]."""
   return jnp.repeat(batch.weight > 0, len(table.columns))
-
-
-def counted(counts: Counts, wanted: Array, found: Resolved) -> Counts:
-  """The counts after one more batch."""
-  number = lambda lanes: jnp.sum(lanes, dtype=jnp.uint32)
-  return counts.replace(
-    lookups=counts.lookups + number(wanted),
-    admitted=counts.admitted + found.count.astype(jnp.uint32),
-    refused=counts.refused + number(found.refused),
-    unplaced=counts.unplaced + number(found.unplaced),
-  )
 
 
 def together(axis: Axis, old: Vocabulary, new: Vocabulary) -> Vocabulary:

@@ -164,9 +164,11 @@ def test_ids_per_feature():
   directory, claimed = fill(make_directory(2048), ids)
   gone = np.zeros(2048, bool)
   gone[np.asarray(claimed.row)[np.asarray(ids.feature) == 3]] = True
-  directory, number = directories.evict(directory, jnp.asarray(gone))
-  assert int(number) == 10
-  assert directories.ids_per_feature(directory, 26).tolist() == [10 - 10 * (feature == 3) for feature in range(26)]
+  after = directories.evict(directory, jnp.asarray(gone))
+  features = jnp.arange(26, dtype=jnp.uint32)
+  assert directories.ids_per_feature(directory, features).tolist() == [10] * 26
+  assert directories.ids_per_feature(after, features).tolist() == [10 - 10 * (feature == 3) for feature in range(26)]
+  assert directories.gone_per_feature(directory, after, features[5:1:-1]).tolist() == [0, 0, 10, 0]
 
 
 def test_when_to_grow():
