@@ -124,8 +124,6 @@ class QueueIterator:
 
   def set_state(self, state: State) -> None:
     """Goes on from a state. All processes do so after the same batch."""
-    for read in self._reads:
-      read.rows.cancel()
     self._reads.clear()
     self._queue = WorkQueue(self._index.rows, self._spec.slice_rows, self._seed, self._shares, self._threads, state)
     self._steps = 0  # that are left of the round
@@ -150,15 +148,13 @@ class QueueIterator:
     return steps
 
   def _wait(self) -> int:
-    """Rows of this epoch that can be brought, once they fill a share or patience ends. Raises what parsing raised."""
+    """Rows of this epoch that can be brought, once they fill a share or patience ends."""
     wanted, since = self._queue.wanted(self._processes.index), time.monotonic()
     while True:
       ready, late = self._ready()
       if ready >= wanted:
         self._patient = True
         return ready
-      if late.done():
-        late.result()
       patience = None
       if self._processes.count > 1:
         patience = since + PATIENCE - time.monotonic()
@@ -173,7 +169,7 @@ class QueueIterator:
     for read in self._reads:
       if read.piece.epoch != self._queue.epoch:
         break
-      if not read.rows.done() or read.rows.exception():
+      if not read.rows.done():
         return ready, read.rows
       ready += read.piece.stop - read.piece.start - read.at
     return ready, None

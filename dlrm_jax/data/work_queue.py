@@ -84,7 +84,7 @@ class WorkQueue:
     drawn, opened = (state['drawn'], state['open']) if self._position else (0, [])
     self._check(drawn, opened)
     self._next = self._place(self.epoch, drawn)
-    self._returned = collections.deque(self._piece(self.epoch, ticket, done) for ticket, done in sorted(opened))
+    self._returned = collections.deque(self._piece(self.epoch, ticket, done) for ticket, done in opened)
 
   def _check(self, drawn: int, opened: list[list[int]]) -> None:
     order = self._order_of(self.epoch)
@@ -127,18 +127,13 @@ class WorkQueue:
   def plan(self, ready: list[int]) -> int:
     """Steps of this round, from how many rows of this epoch each process has parsed of what it holds.
 
-    0 if that is none at all. Each step brings what is ready, up to the share.
+    As many as all who have rows of this epoch can fill; one, if one of them can fill none; none, if nobody has parsed
+    any. Each step brings what is ready, up to the share.
     """
     self._ready = list(ready)
-    to_draw = bool(self._returned) or self._next[0] == self.epoch
-    full, last = [], []  # steps
-    for rows, held, share in zip(ready, self._held(self.epoch), self._shares, strict=True):
-      if to_draw or rows < held:
-        full.append(rows // share)  # more is coming, so let it bring full batches
-      else:
-        last.append(-(-rows // share))
-    steps = min(full) if full else max(last)
-    return min(max(steps, int(any(ready))), self._most_steps)
+    held = self._held(self.epoch)
+    full = min(rows // share for rows, share, some in zip(ready, self._shares, held, strict=True) if some)
+    return min(max(full, int(any(ready))), self._most_steps)
 
   def step(self) -> list[int]:
     """Rows that each process brings in the next step."""

@@ -1,5 +1,6 @@
 """Batches from the queue: the rule's order alone; with several processes, in threads here, every row once an epoch."""
 
+import itertools
 import json
 import random
 import threading
@@ -120,6 +121,9 @@ def test_alone_the_batches_are_those_of_the_rule(criteo, rows, slice_rows, size,
       last = start + size >= rows
       assert (state['epoch'], state['position']) == ((epoch + 1, 0) if last else (epoch, start + size))
       assert state == iterator.get_state()
+      assert len(state['open']) <= 1
+      assert state['drawn'] >= len(state['open'])
+      assert state['drawn'] == 0 or not last
   iterator.close()
 
 
@@ -166,7 +170,7 @@ def test_processes_of_any_speed_share_each_epoch_whatever_crashes(criteo, rows, 
       last = number == len(lives) - 1
       for brought, after in in_lockstep(iterators, 10**6 if last else steps):
         assert any(brought), 'a step without rows'
-        history += sum(brought, [])
+        history += itertools.chain(*brought)
         state = after
       if not last:
         for _ in in_lockstep(iterators, 2):
@@ -189,6 +193,15 @@ def test_a_slow_reader_brings_fewer_rows_and_holds_up_nobody(criteo, monkeypatch
   close(iterators)
   assert totals.sum() == 5000
   assert totals[0] < 0.5 * totals[1:].min()
+
+
+def test_processes_without_rows_wait_for_their_own_and_ask_seldom(criteo, monkeypatch):
+  monkeypatch.setattr(queue_reader, 'PATIENCE', 0.05)
+  spec, both = criteo.spec('', slice_rows=50), members(2)
+  iterators = [queue_batches(FileIndex([Slow(300, lambda: 0.3)]), spec, 20, 1, member) for member in both]
+  steps = len(list(in_lockstep(iterators, 10**6)))
+  close(iterators)
+  assert both[0].round < steps + 60
 
 
 def test_staged_processes_end_at_the_same_step_however_far_each_is_ahead(criteo):
@@ -251,8 +264,9 @@ def test_batches_own_their_memory(criteo):
   iterator = queue_batches(counted(100), criteo.spec('', slice_rows=10), 10, 0)
   batches = [next(iterator)[0] for _ in range(20)]
   seen = [numbers(batch) for batch in batches]
-  assert sorted(sum(seen[:10], [])) == sorted(sum(seen[10:], [])) == list(range(100))
-  assert not any(np.shares_memory(one.dense, two.dense) for one, two in zip(batches, batches[1:], strict=False))
+  for epoch in (seen[:10], seen[10:]):
+    assert sorted(itertools.chain(*epoch)) == list(range(100))
+  assert not any(np.shares_memory(one.dense, two.dense) for one, two in itertools.pairwise(batches))
   iterator.close()
 
 

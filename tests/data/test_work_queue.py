@@ -71,14 +71,15 @@ def processes(most=5):
 @given(
   rows=st.integers(1, 120),
   slice_rows=st.integers(1, 50),
-  threads=st.integers(1, 3),
-  lives=st.lists(st.tuples(processes(), st.integers(0, 12), st.integers(0, 5)), min_size=1, max_size=4),
+  lives=st.lists(
+    st.tuples(processes(), st.integers(1, 3), st.integers(0, 12), st.integers(0, 5)), min_size=1, max_size=4
+  ),
   seed=st.integers(0, 2**32 - 1),
 )
-def test_every_row_once_an_epoch_with_any_processes_speeds_and_crashes(rows, slice_rows, threads, lives, seed):
+def test_every_row_once_an_epoch_with_any_processes_speeds_and_crashes(rows, slice_rows, lives, seed):
   """Each life is trained for some steps, saved, trained for some more that are lost, and goes on as the next one."""
   rng, state, history = random.Random(seed), START, []
-  for number, (members, saved, lost) in enumerate(lives):
+  for number, (members, threads, saved, lost) in enumerate(lives):
     shares, chances = zip(*members, strict=True)
     job = Processes(rows, slice_rows, shares, chances, threads, seed, state, rng)
     last = number == len(lives) - 1
@@ -96,6 +97,19 @@ def test_every_row_once_an_epoch_with_any_processes_speeds_and_crashes(rows, sli
   assert [epoch for epoch, _ in history] == sorted(epoch for epoch, _ in history)
 
 
+def test_what_many_had_in_use_comes_first_when_one_goes_on():
+  state, history = START, []
+  for count, steps in ((8, 5), (1, 2), (3, 4), (1, 1000)):
+    job = Processes(1000, 50, [4] * count, [1] * count, state=state)
+    for brought in job.run_until(lambda: job.steps >= steps or job.queue.epoch):  # noqa: B023
+      history += brought
+    opened, state = state.get('open', []), job.queue.state()
+    assert len(state['open']) <= max(8, count)
+    if opened and count == 1 and steps == 2:  # only the first of the eight slices was touched
+      assert state['open'][1:] == opened[1:]
+  assert sorted(history) == [(0, row) for row in range(1000)]
+
+
 def test_a_slow_reader_gets_fewer_slices_and_keeps_nobody_from_full_batches():
   job = Processes(20_000, 100, [10, 10, 10], [0.02, 1, 1])
   brought = [len(rows) for rows in job.run_until(lambda: job.queue.epoch == 1)]
@@ -108,7 +122,11 @@ def test_a_slow_reader_gets_fewer_slices_and_keeps_nobody_from_full_batches():
 def test_readers_in_time_bring_full_batches_up_to_the_last_slices(count, slices):
   rows, size = 12_345, 10
   job = Processes(rows, -(-rows // slices), [size] * count, [1] * count)
-  brought = [len(batch) for batch in job.run_until(lambda: job.queue.epoch == 1)]
+  brought = []
+  for batch in job.run_until(lambda: job.queue.epoch == 1):
+    brought.append(len(batch))
+    # Whoever uses a slice has the next one to parse meanwhile.
+    assert min(sum(len(rows) for _, _, rows in hand) for hand in job.hands) > rows // slices // 2
   tail = 2 * -(-rows // slices) // size + 2
   assert len(brought) <= rows // (size * count) + tail
   assert set(brought[: len(brought) - tail]) <= {size * count}
