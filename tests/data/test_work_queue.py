@@ -22,11 +22,12 @@ class Processes:
     self.chances, self.rng = chances, rng or random.Random(0)
     self.hands = [collections.deque() for _ in shares]  # of [piece, parsed, rows to come]
     self.pieces = [0] * len(shares)
-    self.steps = self.empty_rounds = 0
+    self.steps = self.rounds = self.empty_rounds = 0
 
   def run_until(self, done):
     """Steps until `done()`; yields what each one brings: (epoch, row) of all processes."""
     while True:
+      self.rounds += 1
       for process, piece in self.queue.hand_out():
         self.hands[process].append([piece, False, list(range(piece.start + piece.done, piece.stop))])
         self.pieces[process] += 1
@@ -130,6 +131,7 @@ def test_readers_in_time_bring_full_batches_up_to_the_last_slices(count, slices)
   tail = 2 * -(-rows // slices) // size + 2
   assert len(brought) <= rows // (size * count) + tail
   assert set(brought[: len(brought) - tail]) <= {size * count}
+  assert job.rounds < len(brought) / 2
   if count == 1:
     assert len(brought) == -(-rows // size)
 
