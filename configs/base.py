@@ -40,6 +40,9 @@ def get_config() -> ConfigDict:
   c.data.eval = 'eval.csv'  # likewise
   c.data.streams = 16  # regions of the training data that are read side by side; fixes the order of the data
   c.data.shuffle_rows = 20480  # rows of a stream that are shuffled together (at least 20000); 0: file order
+  # True: no streams; slices of the data go to the process that has least left to read, so slow readers get fewer
+  c.data.workqueue = False
+  c.data.slice_rows = 20480  # of a slice, which are shuffled together unless shuffle_rows is 0
   c.data.dense_transform = 'log'  # of I1..I13. log: sign(x) log(1 + |x|); minmax: (x - min) / range; none
   c.data.on_bad_row = 'error'  # error: stop, naming file, line and field; skip: leave it out and count it
   c.data.cache = False  # True: parse once into an Arrow cache (264 bytes a row) beside the files, and read that

@@ -15,7 +15,6 @@ from configs import base
 # What a flag may be called with today; other values answer "not yet".
 NOT_YET = {
   'incremental_ckpt': 0,
-  'workqueue': False,
   'protocol': 'grpc',
   'input_layer_partitioner': 8,
   'dense_layer_partitioner': 16,
@@ -88,6 +87,7 @@ def get_config(flags: str = '') -> ConfigDict:
   for name in (*same, 'keep_checkpoint_max', 'timeline', 'inter', 'intra', 'smartstaged', 'op_fusion'):
     config[name] = getattr(args, name)
   config.micro_batch = max(1, args.micro_batch)
+  config.data.workqueue = args.workqueue
   config.optimizer.name = args.optimizer
   config.optimizer.learning_rate = args.learning_rate
   config.model.interaction = args.interaction_op
@@ -131,6 +131,7 @@ def _community_tensorflow(config: ConfigDict) -> None:
   config.model.dtype = 'float32'
   config.embedding.fusion = False
   config.smartstaged = False
+  config.data.workqueue = False
   config.micro_batch = 1
   config.op_fusion = False
   config.optimizer.name = 'adam'

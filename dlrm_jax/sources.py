@@ -11,12 +11,14 @@ import jax
 from dlrm_jax.data import pipeline
 from dlrm_jax.data.cache import index_cached
 from dlrm_jax.data.index import FileIndex, index_files
+from dlrm_jax.data.queue_reader import queue_batches
 from dlrm_jax.data.schema import DataError, DataSpec
 from dlrm_jax.data.stage import Staged, stage
 from dlrm_jax.sharding import ALONE, Axis
 from dlrm_jax.spec import KEYED, Spec
 
-Position = dict[str, int]  # {'epoch', 'position'}: epochs done, rows of the next one done
+# {'epoch', 'position'}: epochs done, rows of the next one done; and which ones, if they come from a work queue.
+Position = dict[str, Any]
 START: Position = {'epoch': 0, 'position': 0}
 # Batches that are ready ahead of the step: enough to ride out a slow window, little memory.
 STAGE_DEPTH = 4
@@ -55,8 +57,12 @@ def open_sources(spec: Spec) -> Sources:
 
 def train_batches(sources: Sources, spec: Spec, position: Position, axis: Axis = ALONE) -> Staged:
   """(batch on the devices, position after it), from `position` on without end. A context manager and iterator."""
-  share = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
-  batches = pipeline.train_batches(sources.train, sources.reading, spec.batch_size, spec.seed, **share, state=position)
+  if spec.data.workqueue:
+    batches = queue_batches(sources.train, sources.reading, spec.batch_size, spec.seed, state=position)
+  else:
+    batches = pipeline.train_batches(
+      sources.train, sources.reading, spec.batch_size, spec.seed, jax.process_index(), jax.process_count(), position
+    )
   place = functools.partial(axis.put, multiple=spec.micro_batch)
   return stage(batches, place, STAGE_DEPTH, background=spec.smartstaged)
 
@@ -66,13 +72,17 @@ def eval_batches(sources: Sources, spec: Spec, axis: Axis = ALONE) -> Staged:
 
   Every device gets `spec.batch_size` examples, however many devices there are: the same shapes, so the same logits.
   """
-  share = {'process_index': jax.process_index(), 'process_count': jax.process_count()}
-  batches = pipeline.eval_batches(sources.eval, sources.reading, spec.batch_size * axis.size, **share)
+  batches = pipeline.eval_batches(
+    sources.eval, sources.reading, spec.batch_size * axis.size, jax.process_index(), jax.process_count()
+  )
   return stage(batches, axis.put, STAGE_DEPTH, background=spec.smartstaged)
 
 
 def remaining_batches(sources: Sources, spec: Spec, position: Position) -> int:
-  """Batches from `position` to the end of the last of `spec.epochs` epochs."""
+  """Batches from `position` to the end of the last of `spec.epochs` epochs.
+
+  If several processes share a work queue, it may take more, since not every batch is full.
+  """
   rows = sources.train.rows
   whole = (spec.epochs - position['epoch'] - 1) * pipeline.batches_per_epoch(rows, spec.batch_size)
   return max(0, whole + pipeline.batches_per_epoch(rows - position['position'], spec.batch_size))
@@ -80,7 +90,8 @@ def remaining_batches(sources: Sources, spec: Spec, position: Position) -> int:
 
 def to_saved(sources: Sources, spec: Spec, position: Position) -> dict[str, Any]:
   """A position as it goes into a checkpoint: with what makes it mean the same rows again."""
-  order = {'seed': spec.seed, 'streams': spec.data.streams, 'shuffle_rows': spec.data.shuffle_rows}
+  names = ('workqueue', 'slice_rows' if spec.data.workqueue else 'streams', 'shuffle_rows')
+  order = {**{name: getattr(spec.data, name) for name in names}, 'seed': spec.seed}
   return {**position, 'rows': sources.train.rows, 'order': order}
 
 
@@ -89,15 +100,16 @@ def from_saved(sources: Sources, spec: Spec, saved: dict[str, Any]) -> Position:
 
   Other data (another number of rows) starts at its beginning: training goes on with the next day's file.
   """
-  now = to_saved(sources, spec, {name: saved[name] for name in START})
+  position = {name: value for name, value in saved.items() if name not in ('rows', 'order')}
+  now = to_saved(sources, spec, position)
   if saved['rows'] != now['rows']:
     logging.info('the checkpoint saw %d rows of data, here are %d: from the first row', saved['rows'], now['rows'])
     return START
   for name, value in saved['order'].items():
-    if value != now['order'][name] and saved['position']:
+    if value != now['order'].get(name) and saved['position']:
       field = 'seed' if name == 'seed' else f'data.{name}'
       raise DataError(
         f'the checkpoint is at row {saved["position"]} of an epoch read with config.{field}={value}; with '
-        f'{now["order"][name]} rows would be lost or repeated. Set it to {value} until the epoch has ended'
+        f'{now["order"].get(name)} rows would be lost or repeated. Set it to {value} until the epoch has ended'
       )
-  return {name: saved[name] for name in START}
+  return position

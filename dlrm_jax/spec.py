@@ -62,6 +62,8 @@ class DataSpec:
   eval: str = _field((bool, 'must name a file or glob'))
   streams: int = _at_least(1)
   shuffle_rows: int = _field((lambda rows: rows == 0 or rows >= 20000, 'must be 0 (file order) or at least 20000'))
+  workqueue: bool
+  slice_rows: int = _at_least(1)
   dense_transform: str = _one_of('log', 'minmax', 'none')
   on_bad_row: str = _one_of('error', 'skip')
   cache: bool

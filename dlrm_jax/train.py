@@ -57,7 +57,6 @@ class Run:
   predict: Callable[[TrainState, Batch], tuple[Array, Array, Array]]
   state: TrainState
   step: int
-  last_step: int
   position: Position  # of the data, after the last trained batch
   samples_per_second: float | None = None
   skipped_rows: int = 0
@@ -71,6 +70,11 @@ class Run:
     """What was asked for."""
     return self.program.spec
 
+  @property
+  def last_step(self) -> int:
+    """Where the run ends, as far as is known: a work queue that several processes share may take more steps."""
+    return self.spec.steps or self.step + sources.remaining_batches(self.sources, self.spec, self.position)
+
 
 def run(spec: Spec) -> None:
   """Trains, evaluates and saves as `spec` says, then prints the result as one line of JSON."""
@@ -81,18 +85,18 @@ def run(spec: Spec) -> None:
   with Checkpoints(folder / 'checkpoints', spec.keep_checkpoint_max) as checkpoints:
     state, step, position = restore_or_init(program, data, checkpoints)
     if is_first():
-      (folder / 'config.json').write_text(json.dumps(specs.to_dict(spec), indent=2) + '\n')
-    last_step = spec.steps or step + sources.remaining_batches(data, spec, position)
+      (folder / 'config.json').write_text(json.dumps(specs.to_dict(spec), indent=2) + '
+')
     with Records(folder if is_first() else None, step) as records:
-      job = Run(program, data, checkpoints, records, jit_predict(program), state, step, last_step, position)
+      job = Run(program, data, checkpoints, records, jit_predict(program), state, step, position)
       del state  # the job owns it now: a second reference would keep the first tables alive
-      if spec.embedding.kind in specs.KEYED and last_step >= specs.MOST_STEPS:
+      if spec.embedding.kind in specs.KEYED and job.last_step >= specs.MOST_STEPS:
         raise TrainingError(
-          f'the run would end at step {last_step}, and directories of ids count less than {specs.MOST_STEPS}; set '
+          f'the run would end at step {job.last_step}, and directories of ids count less than {specs.MOST_STEPS}; set '
           'config.steps or config.epochs lower'
         )
-      if step >= last_step:
-        logging.info('already at step %d, the run was to end at step %d: nothing to train', step, last_step)
+      if step >= job.last_step:
+        logging.info('already at step %d, the run was to end at step %d: nothing to train', step, job.last_step)
       else:
         train(job)
         job.save()

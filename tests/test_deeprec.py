@@ -72,6 +72,8 @@ def test_without_flags_only_buckets_and_learning_rate_differ_from_base():
     ('--ev --ev_elimination=l2', 'embedding.eviction.every', 1000),
     ('--ev --ev_elimination=l2 --save_steps=70', 'embedding.eviction.every', 70),
     ('--ev --tf', 'embedding.kind', 'static'),
+    ('--workqueue', 'data.workqueue', True),
+    ('--workqueue --tf', 'data.workqueue', False),
   ],
 )
 def test_a_flag_changes_its_field(flags, field, value):
@@ -101,7 +103,6 @@ def test_tf_wins_over_the_features_it_turns_off():
     ('--ev_filter=cbf', ['--ev_filter=cbf', 'needs --ev']),
     ('--ev_elimination=l2', ['--ev_elimination=l2', 'needs --ev']),
     ('--protocol=star_server', ['--protocol', 'not yet']),
-    ('--workqueue=true', ['--workqueue', 'not yet']),
   ],
 )
 def test_a_mistake_is_one_line(flags, words):

@@ -54,6 +54,8 @@ def test_a_single_number_of_buckets_stands_for_all_columns():
     ('data_location', '', ['config.data_location', 'folder']),
     ('data.streams', 0, ['config.data.streams=0', 'at least 1']),
     ('data.shuffle_rows', 100, ['config.data.shuffle_rows=100', '20000']),
+    ('data.slice_rows', 0, ['config.data.slice_rows=0', 'at least 1']),
+    ('data.workqueue', 1, ['config.data.workqueue=1', 'True or False']),
     ('data.dense_transform', 'sqrt', ['dense_transform', 'log, minmax, none']),
     ('data.on_bad_row', 'ignore', ['on_bad_row', 'error, skip']),
     ('data.cache', 'yes', ['config.data.cache', 'True or False']),

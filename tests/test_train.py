@@ -15,6 +15,7 @@ from dlrm_jax.data.schema import DataError
 from tests.helpers import small_spec
 
 STEPS = 19  # of an epoch
+QUEUE = {'data__workqueue': True, 'data__slice_rows': 70}  # nine slices of 66 or 67 rows
 
 
 def run(capsys, spec):
@@ -71,9 +72,12 @@ def test_same_seed_same_bits_whether_staged_or_not(criteo, tmp_path, capsys):
   assert_same(states[0], states[2])
 
 
-@pytest.mark.parametrize('optimizer', ['adamasync', 'adagraddecay', 'gradientdescent'])
-def test_stopped_and_resumed_gives_the_bits_of_an_unstopped_run(criteo, tmp_path, capsys, optimizer):
-  fields = {'optimizer__name': optimizer, 'optimizer__warmup_steps': 7, 'no_eval': True}
+@pytest.mark.parametrize(
+  ('optimizer', 'queue'),
+  [('adamasync', {}), ('adagraddecay', {}), ('gradientdescent', {}), ('adamasync', QUEUE)],
+)
+def test_stopped_and_resumed_gives_the_bits_of_an_unstopped_run(criteo, tmp_path, capsys, optimizer, queue):
+  fields = {'optimizer__name': optimizer, 'optimizer__warmup_steps': 7, 'no_eval': True, **queue}
   run(capsys, small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), steps=30, **fields))
   for steps in (1, 18, 19, 20, 30):  # around the end of an epoch
     result = run(capsys, small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'b'), steps=steps, **fields))
@@ -94,10 +98,11 @@ def test_resuming_a_finished_run_says_so_and_evaluates(criteo, tmp_path, capsys,
   assert again['samples_per_second'] is None
 
 
-def test_more_epochs_go_on_where_the_run_ended(criteo, tmp_path, capsys):
-  run(capsys, small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), no_eval=True))
-  result = run(capsys, small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), no_eval=True, epochs=2))
-  run(capsys, small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'b'), no_eval=True, epochs=2))
+@pytest.mark.parametrize('queue', [{}, QUEUE])
+def test_more_epochs_go_on_where_the_run_ended(criteo, tmp_path, capsys, queue):
+  run(capsys, small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), no_eval=True, **queue))
+  result = run(capsys, small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), no_eval=True, epochs=2, **queue))
+  run(capsys, small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'b'), no_eval=True, epochs=2, **queue))
   assert result['step'] == 2 * STEPS
   assert_same(state_of(tmp_path / 'a', 2 * STEPS), state_of(tmp_path / 'b', 2 * STEPS))
 
@@ -165,11 +170,39 @@ def test_a_checkpoint_of_another_model_is_one_clear_line(criteo, tmp_path, capsy
   assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize(('field', 'value'), [('seed', 7), ('data__streams', 2), ('data__shuffle_rows', 0)])
-def test_another_order_of_the_data_in_mid_epoch_is_refused(criteo, tmp_path, capsys, field, value):
-  run(capsys, small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), no_eval=True, steps=2))
-  with pytest.raises(DataError, match=field.replace('__', r'\.')):
-    train.run(small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), no_eval=True, **{field: value}))
+@pytest.mark.parametrize(
+  ('workqueue', 'field', 'value'),
+  [
+    *[(False, field, value) for field, value in (('data__streams', 2), ('data__workqueue', True))],
+    *[(True, field, value) for field, value in (('data__slice_rows', 99), ('data__workqueue', False))],
+    *[(on, field, value) for on in (False, True) for field, value in (('seed', 7), ('data__shuffle_rows', 0))],
+  ],
+)
+def test_another_order_of_the_data_in_mid_epoch_is_refused(criteo, tmp_path, capsys, workqueue, field, value):
+  fields = {'checkpoint': str(tmp_path / 'a'), 'no_eval': True, 'data__workqueue': workqueue}
+  run(capsys, small_spec(criteo, tmp_path, **fields, steps=2))
+  with pytest.raises(DataError, match=rf'at row 64 .*config\.{field.replace("__", r".")}=') as error:
+    train.run(small_spec(criteo, tmp_path, **fields | {field: value}))
+  assert '\n' not in str(error.value)
+
+
+def test_at_the_end_of_an_epoch_streams_and_queue_may_take_turns(criteo, tmp_path, capsys):
+  for epochs, workqueue in ((1, True), (2, False), (3, True)):
+    fields = {'no_eval': True, 'epochs': epochs, 'data__workqueue': workqueue, 'data__slice_rows': 70}
+    result = run(capsys, small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), **fields))
+    assert result['step'] == epochs * STEPS
+
+
+def test_other_data_starts_the_queue_anew(criteo, tmp_path, capsys, caplog):
+  """A checkpoint in the middle of one file, and a file of half the rows the next day."""
+  caplog.set_level('INFO')
+  fields = {'checkpoint': str(tmp_path / 'a'), 'no_eval': True, **QUEUE}
+  run(capsys, small_spec(criteo, tmp_path, **fields, steps=7))
+  folder = tmp_path / 'next'
+  folder.mkdir()
+  (folder / 'train.csv').write_text(''.join((criteo / 'train.csv').read_text().splitlines(True)[:300]))
+  assert run(capsys, small_spec(folder, tmp_path, **fields))['step'] == 7 + 10
+  assert 'saw 600 rows of data, here are 300' in caplog.text
 
 
 def test_evaluation_during_training_changes_nothing(criteo, tmp_path, capsys):
@@ -187,6 +220,15 @@ def test_divergence_ends_with_advice_and_leaves_no_checkpoint_of_it(criteo, tmp_
   for path in (tmp_path / 'a/checkpoints').iterdir():
     leaves = jax.tree.leaves(state_of(tmp_path / 'a', int(path.name)))
     assert all(np.isfinite(leaf).all() for leaf in leaves)
+
+
+def test_a_run_from_the_queue_learns_whether_staged_or_not(criteo, tmp_path, capsys):
+  results = []
+  for name, smartstaged in (('a', True), ('b', False)):
+    fields = {'checkpoint': str(tmp_path / name), 'smartstaged': smartstaged, 'epochs': 3, **QUEUE}
+    results.append(run(capsys, small_spec(criteo, tmp_path, **fields)))
+  assert results[0]['auc'] > 0.8
+  assert_same(*(state_of(tmp_path / name, 3 * STEPS) for name in 'ab'))
 
 
 def test_few_steps_have_no_rate_and_one_class_no_auc(criteo, tmp_path, capsys):

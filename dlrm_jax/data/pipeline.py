@@ -14,6 +14,7 @@ from dlrm_jax.data.encode import WEIGHT, WIDTH, fill, new_batch, pad, to_batch, 
 from dlrm_jax.data.index import FileIndex
 from dlrm_jax.data.layout import READ_ROWS, Layout, Window
 from dlrm_jax.data.schema import DataError, DataSpec
+from dlrm_jax.data.shuffle import Memory, reorder, seeded_order
 from dlrm_jax.structs import Batch
 
 State = dict[str, int]
@@ -67,31 +68,11 @@ class _Rows(NamedTuple):
   rows: np.ndarray
 
 
-class _Memory:
-  """Arrays of packed rows to use again: the first touch of new memory costs more than all that is done in it."""
-
-  def __init__(self, numbers: int) -> None:
-    self._free: list[np.ndarray] = []
-    self._width = numbers
-
-  def take(self, rows: int) -> np.ndarray:
-    """`u32[rows, width]`, undefined; in any thread."""
-    try:
-      array = self._free.pop()
-    except IndexError:
-      array = np.empty((0, self._width), np.uint32)
-    return array[:rows] if rows <= len(array) else np.empty((rows, self._width), np.uint32)
-
-  def give(self, rows: np.ndarray) -> None:
-    """Takes back what `take` gave, or a slice of it, once: nobody reads it any more."""
-    self._free.append(rows if rows.base is None else rows.base)
-
-
 class _WindowSource(grain.sources.RandomAccessDataSource):
   """Element k is the k-th window that this process needs from row `row` of its streams in `epoch` on, without end."""
 
   def __init__(
-    self, index: FileIndex, spec: DataSpec, layout: Layout, memory: _Memory, seed: int, epoch: int, row: int
+    self, index: FileIndex, spec: DataSpec, layout: Layout, memory: Memory, seed: int, epoch: int, row: int
   ) -> None:
     self._index, self._spec, self._layout, self._memory = index, spec, layout, memory
     self._seed, self._epoch = seed, epoch
@@ -110,18 +91,13 @@ class _WindowSource(grain.sources.RandomAccessDataSource):
     first, count = self._layout.stream_start(window.stream) + window.start, window.stop - window.start
     rows = self._index.read(first, first + count, self._spec, self._memory.take(count))
     if self._spec.shuffle_rows:
-      # The numbers are all in range; mode='clip' spares numpy the copy that it makes in order to check them first.
-      order, shuffled = permutation(self._seed, epoch, window), self._memory.take(count)
-      rows.take(order, axis=0, out=shuffled, mode='clip')
-      self._memory.give(rows)
-      rows = shuffled
+      rows = reorder(rows, permutation(self._seed, epoch, window), self._memory)
     return _Rows(window, rows)
 
 
 def permutation(seed: int, epoch: int, window: Window) -> np.ndarray:
-  """The order of a window's rows: the Philox generator, seeded by (seed, epoch, stream, first row) and nothing else."""
-  entropy = np.random.SeedSequence((seed, epoch, window.stream, window.start))
-  return np.random.Generator(np.random.Philox(entropy)).permutation(window.stop - window.start)
+  """The order of a window's rows, a function of (seed, epoch, stream, first row)."""
+  return seeded_order((seed, epoch, window.stream, window.start), window.stop - window.start)
 
 
 def _read_ahead(source: grain.sources.RandomAccessDataSource, spec: DataSpec) -> grain.DatasetIterator:
@@ -144,7 +120,7 @@ class TrainIterator(grain.DatasetIterator):
     self._index, self._spec, self._layout, self._seed = index, spec, layout, seed
     self._batch_size, self._local_size = batch_size, layout.local_size(batch_size)
     self._width = width(spec.keys)
-    self._memory = _Memory(self._width)
+    self._memory = Memory(self._width)
     self._block = _NOTHING
     self._windows: dict[int, _Rows] = {}
     self.skipped_rows = 0

@@ -32,6 +32,8 @@ class DataSpec:
     eval: the same for evaluation.
     streams: logical streams that the order of the training data belongs to, whatever the number of processes.
     shuffle_rows: rows of a window that are shuffled together within a stream; 0 for file order within each stream.
+    workqueue: whether the training data is cut into slices that the processes take from a queue, instead of streams.
+    slice_rows: the most rows of such a slice, which are shuffled together unless shuffle_rows is 0.
     dense_transform: 'log' is sign(x) log1p(|x|), 'minmax' is (x - min) / range with the seed's constants, or 'none'.
     on_bad_row: 'error' stops at a bad row, 'skip' drops it and counts it.
     threads: threads that parse ahead; 0 parses when rows are needed.
@@ -45,6 +47,8 @@ class DataSpec:
   eval: str = 'eval.csv'
   streams: int = 16
   shuffle_rows: int = 20480
+  workqueue: bool = False
+  slice_rows: int = 20480
   dense_transform: str = 'log'
   on_bad_row: str = 'error'
   threads: int = 1
