@@ -5,6 +5,9 @@ a learning rate of 0.01, as in their script; and `--tf`, which turns DeepRec's f
 """
 
 import argparse
+import json
+import logging
+import os
 import shlex
 from typing import NoReturn
 
@@ -16,7 +19,6 @@ from configs import base
 NOT_YET = {
   'incremental_ckpt': 0,
   'workqueue': False,
-  'protocol': 'grpc',
   'input_layer_partitioner': 8,
   'dense_layer_partitioner': 16,
 }
@@ -87,6 +89,8 @@ def get_config(flags: str = '') -> ConfigDict:
   same = ('data_location', 'steps', 'batch_size', 'output_dir', 'checkpoint', 'save_steps', 'seed', 'no_eval')
   for name in (*same, 'keep_checkpoint_max', 'timeline', 'inter', 'intra', 'smartstaged', 'op_fusion'):
     config[name] = getattr(args, name)
+  config.batch_size *= _workers()
+  _transport(args.protocol)
   config.micro_batch = max(1, args.micro_batch)
   config.optimizer.name = args.optimizer
   config.optimizer.learning_rate = args.learning_rate
@@ -98,6 +102,25 @@ def get_config(flags: str = '') -> ConfigDict:
   if args.tf:
     _community_tensorflow(config)
   return config
+
+
+def _workers() -> int:
+  # Under TF_CONFIG their batch size is that of one worker; here it is that of all. What is wrong with TF_CONFIG, main
+  # says: dlrm_jax.distributed reads it.
+  try:
+    jobs = json.loads(os.environ.get('TF_CONFIG') or '{}')['cluster']
+    workers = len(jobs.get('chief', ())) + len(jobs.get('worker', ()))
+  except (ValueError, KeyError, TypeError, AttributeError):
+    return 1
+  if workers > 1:
+    logging.getLogger(__name__).warning('batch_size is multiplied by the %d workers of TF_CONFIG', workers)
+  return max(1, workers)
+
+
+def _transport(name: str) -> None:
+  # config.protocol stays at gloo, whatever the name.
+  if name != 'grpc' or os.environ.get('TF_CONFIG'):
+    logging.getLogger(__name__).warning('--protocol=%s: processes exchange arrays by Gloo, over TCP', name)
 
 
 # Steps between evictions and between widths where no checkpoints are written before the end.

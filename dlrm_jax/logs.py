@@ -16,11 +16,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 Scalars = dict[str, float | int | None]
 
 
-def setup_logging() -> None:
-  """Log lines of this program on stderr; other libraries only from warnings on."""
+def setup_logging(process: int = 0) -> None:
+  """Log lines of this program on stderr; other libraries and processes but the first only from warnings on."""
   # force: absl has put a handler of its own there.
-  form = {'format': '%(asctime)s %(message)s', 'datefmt': '%H:%M:%S'}
-  logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True, **form)
+  who = f'process {process}: ' if process else ''
+  form = {'format': f'%(asctime)s {who}%(message)s', 'datefmt': '%H:%M:%S'}
+  level = logging.WARNING if process else logging.INFO
+  logging.basicConfig(level=level, stream=sys.stderr, force=True, **form)
   for name in ('absl', 'jax', 'orbax', 'tensorboardX', 'grain'):
     logging.getLogger(name).setLevel(logging.WARNING)
 

@@ -6,13 +6,13 @@ import sys
 
 # Each may import only from those before it (and from its own group).
 ORDER = [
-  ['structs', 'spec', 'words'],
+  ['structs', 'spec', 'words', 'peers', 'watchdog', 'launch'],
   ['native'],
   ['optim', 'model', 'metrics'],
   ['embeddings'],
   ['data'],
   ['program', 'state', 'step', 'upkeep'],
-  ['checkpoint', 'evaluate', 'logs', 'sources'],
+  ['checkpoint', 'distributed', 'evaluate', 'logs', 'sources'],
   ['train'],
   ['main'],
 ]

@@ -100,7 +100,7 @@ def test_tf_wins_over_the_features_it_turns_off():
     ('--ev --adaptive_emb', ['--ev', '--adaptive_emb', 'leave one out']),
     ('--ev_filter=cbf', ['--ev_filter=cbf', 'needs --ev']),
     ('--ev_elimination=l2', ['--ev_elimination=l2', 'needs --ev']),
-    ('--protocol=star_server', ['--protocol', 'not yet']),
+    ('--protocol=http', ['--protocol', 'star_server']),
     ('--workqueue=true', ['--workqueue', 'not yet']),
   ],
 )
