@@ -184,7 +184,7 @@ class Members:
   def cut_off(self, text: str) -> NoReturn:
     """Ends this process because it cannot work with the others; if the peers know which one is lost, they say so."""
     time.sleep(PATIENCE)
-    self.end(f'process {self.index} lost its connection to another, which ended or was cut off ({text[:300]})', LOST)
+    self.lost(f'process {self.index} lost its connection to another, which ended or was cut off ({text[:300]})')
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ Each sends every other one a datagram a second. The runtime's own heartbeats kno
 that a link cut between two others is never noticed, and what they notice ends a process with a stack trace.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -14,8 +15,8 @@ from collections.abc import Callable
 
 PERIOD = 1.0  # seconds between datagrams
 LIMIT = 15.0  # seconds of silence after which a process is taken for lost
-# A port where nobody listens any more answers at once; three such answers in a row are believed.
-REFUSED = LIMIT / 3
+# A port where nobody listens any more answers at once; two such answers in a row are believed.
+REFUSED = LIMIT / 2
 LONGEST = 1000  # characters of a reason, so that a datagram is never split
 
 Address = tuple[str, int]
@@ -79,8 +80,11 @@ class Peers:
       self._say(leaving=True)
 
   def close(self) -> None:
-    """Says and hears nothing more."""
+    """Says and hears nothing more. Once is enough, twice does no harm."""
+    if self._closed.is_set():
+      return
     self._closed.set()
+    self._own.sendto(b'', self._own.getsockname())  # or the thread would hear this only after a while
     self._thread.join()
     for peer in self._peers.values():
       peer.out.close()
@@ -115,8 +119,10 @@ class Peers:
       for peer in self._peers.values():
         try:
           peer.out.send(data)
-        except ConnectionRefusedError:
+        except ConnectionRefusedError:  # the answer to an earlier one; this one was not sent
           peer.refused = True
+          with contextlib.suppress(OSError):
+            peer.out.send(data)
         except OSError:  # no route: it will be missed
           pass
 
@@ -124,7 +130,7 @@ class Peers:
     before = time.monotonic()
     while not self._closed.is_set():
       self._say()
-      while (left := before + PERIOD - time.monotonic()) > 0:
+      while not self._closed.is_set() and (left := before + PERIOD - time.monotonic()) > 0:
         self._hear(left)
       now = time.monotonic()
       # What was waiting while this process was itself stopped or starved is heard before anyone is missed.

@@ -1,4 +1,4 @@
-"""A process of a toy run: sums over all processes, step by step. python -m tests.toy STEPS [FAIL_AT]
+"""A process of a toy run: sums over all processes, step by step. python -m tests.toy STEPS [FAIL_AT [STUCK_AT]]
 
 Prints a line per step; stands in for training wherever only the life of processes is tested.
 """
@@ -8,17 +8,15 @@ import signal
 import sys
 import time
 
-import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
 from dlrm_jax import distributed
-from dlrm_jax.distributed import from_environment, joined
-from dlrm_jax.logs import setup_logging
 
 
 def summation():
   """A sum over all devices of all processes."""
+  import jax
+  import numpy as np
+  from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
   mesh = Mesh(np.array(jax.devices()), 'all')
   spec = PartitionSpec('all')
   whole = jax.shard_map(lambda x: jax.lax.psum(x, 'all'), mesh=mesh, in_specs=spec, out_specs=PartitionSpec())
@@ -28,8 +26,10 @@ def summation():
   return lambda: total(ones)
 
 
-def train(members, steps, fail_at, limit):
+def train(members, steps, fail_at, stuck_at, limit):
   """The loop; the signal that ended it, or 0."""
+  import jax
+
   received = 0
 
   def receive(number, _):
@@ -44,6 +44,8 @@ def train(members, steps, fail_at, limit):
     while step < steps and not (stop := members.stop(step, received)):
       if step == fail_at and members.index == 1:
         raise ValueError('the toy broke')
+      if step == stuck_at and members.index == 1:
+        time.sleep(1000)
       jax.block_until_ready(add())
       time.sleep(0.02)
       step += 1
@@ -54,13 +56,15 @@ def train(members, steps, fail_at, limit):
   return stop
 
 
-def main(steps, fail_at=-1):
+def main(steps, fail_at=-1, stuck_at=-1):
   """The exit code."""
   distributed.quiet()
-  cluster = from_environment(os.environ)
+  from dlrm_jax.logs import setup_logging
+
+  cluster = distributed.from_environment(os.environ)
   setup_logging(cluster.index if cluster else 0)
-  with joined(cluster, 'gloo') as members:
-    stop = train(members, steps, fail_at, float(os.environ.get('TOY_WATCHDOG', '0')))
+  with distributed.joined(cluster, 'gloo') as members:
+    stop = train(members, steps, fail_at, stuck_at, float(os.environ.get('TOY_WATCHDOG', '0')))
     if members.index == 0:
       print('{"toy": true}', flush=True)
     return 128 + stop if stop else 0
