@@ -1,7 +1,8 @@
 """The flags of DeepRec's modelzoo/DLRM/train.py: --config="configs/deeprec.py:--bf16 --optimizer=adagrad".
 
 The only place that knows the old names and values. Three things differ from base: 10,000 buckets for every column and
-a learning rate of 0.01, as in their script; and `--tf`, which turns DeepRec's features off.
+a learning rate of 0.01, as in their script; and `--tf`, which turns DeepRec's features off. Under TF_CONFIG,
+batch_size is that of one worker.
 """
 
 import argparse

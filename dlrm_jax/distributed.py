@@ -237,12 +237,11 @@ def _start_runtime(cluster: Cluster, members: Members) -> Any:
   from jax._src.distributed import global_state
   from jax._src.lib import _jax
 
-  host, port = address(cluster.coordinator, 'coordinator')
-  local = host == 'localhost' or host.startswith('127.') or host == '::1'
+  listen_on = _bind_address(cluster.coordinator) if cluster.index == 0 else ''
   try:
-    if cluster.index == 0:
+    if listen_on:
       global_state.service = _jax.get_distributed_runtime_service(
-        cluster.coordinator if local else f'[::]:{port}', cluster.processes,
+        listen_on, cluster.processes,
         heartbeat_timeout=HEARTBEAT, cluster_register_timeout=START, shutdown_timeout=END,
       )  # fmt: skip
     _catch_verdicts(members)
@@ -251,9 +250,7 @@ def _start_runtime(cluster: Cluster, members: Members) -> Any:
       heartbeat_timeout=HEARTBEAT, use_compression=True, missed_heartbeat_callback=lambda *_: members.cut_off('JAX'),
     )  # fmt: skip
     client.connect()
-  except RuntimeError as error:
-    if 'RPC server' in str(error):
-      raise ClusterError(f'process 0 cannot listen on {cluster.coordinator}; choose a port that is free') from None
+  except RuntimeError:
     raise ClusterError(
       f'process {cluster.index} of {cluster.processes} did not meet all others at {cluster.coordinator} in {START} s: '
       'see whether each was started, with the same coordinator and number of processes'
@@ -261,6 +258,22 @@ def _start_runtime(cluster: Cluster, members: Members) -> Any:
   global_state.client, global_state.coordinator_address = client, cluster.coordinator
   global_state.process_id, global_state.num_processes = cluster.index, cluster.processes
   return client
+
+
+def _bind_address(coordinator: str) -> str:
+  """Where the service listens: on all addresses of the machine, unless only this machine can reach the coordinator."""
+  host, port = address(coordinator, 'coordinator')
+  local = host in ('localhost', '::1') or host.startswith('127.')
+  try:
+    # Tried first, since jaxlib 0.10.2 often crashes where the port is taken. Shared, as the launcher holds it.
+    with socket.socket(socket.AF_INET6 if host == '::1' else socket.AF_INET) as probe:
+      probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+      probe.bind((host if local else '', port))
+  except OSError as error:
+    raise ClusterError(
+      f'process 0 cannot listen on {coordinator}: {error.strerror}; choose a port that is free on its machine'
+    ) from None
+  return coordinator if local else f'[::]:{port}'
 
 
 def _catch_verdicts(members: Members) -> None:

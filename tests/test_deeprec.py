@@ -1,5 +1,6 @@
 """Old command lines: defaults as in the seed's README, each flag with its effect, each mistake with its fix."""
 
+import json
 import shlex
 
 import pytest
@@ -72,6 +73,7 @@ def test_without_flags_only_buckets_and_learning_rate_differ_from_base():
     ('--ev --ev_elimination=l2', 'embedding.eviction.every', 1000),
     ('--ev --ev_elimination=l2 --save_steps=70', 'embedding.eviction.every', 70),
     ('--ev --tf', 'embedding.kind', 'static'),
+    *[(f'--protocol={name}', 'protocol', 'gloo') for name in ('grpc', 'grpc++', 'star_server')],
   ],
 )
 def test_a_flag_changes_its_field(flags, field, value):
@@ -86,6 +88,30 @@ def test_tf_wins_over_the_features_it_turns_off():
   assert (spec.model.dtype, spec.optimizer.name, spec.optimizer.table_update) == ('float32', 'adam', 'all')
   assert (spec.micro_batch, spec.smartstaged, spec.embedding.fusion) == (1, False, False)
   assert spec.optimizer.learning_rate == 0.2
+
+
+def test_what_an_old_protocol_stands_for_is_said_once(caplog):
+  deeprec.get_config('')
+  assert caplog.text == ''
+  deeprec.get_config('--protocol=star_server')
+  (record,) = caplog.records
+  assert '--protocol=star_server' in record.message
+  assert 'Gloo' in record.message
+
+
+@pytest.mark.parametrize(
+  ('cluster', 'workers'),
+  [
+    ({'chief': ['a:1'], 'worker': ['b:1', 'c:1'], 'ps': ['d:1']}, 3),
+    ({'worker': ['b:1', 'c:1'], 'ps': ['d:1']}, 2),
+    ({'worker': ['b:1']}, 1),
+    (7, 1),  # main says what is wrong
+  ],
+)
+def test_under_tf_config_the_batch_size_is_that_of_a_worker(cluster, workers, monkeypatch, caplog):
+  monkeypatch.setenv('TF_CONFIG', json.dumps({'cluster': cluster, 'task': {'type': 'worker', 'index': 0}}))
+  assert spec_of('--batch_size=64').batch_size == 64 * workers
+  assert (f'multiplied by the {workers} workers' in caplog.text) == (workers > 1)
 
 
 @pytest.mark.parametrize(

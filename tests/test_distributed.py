@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -14,6 +15,8 @@ import pytest
 from dlrm_jax.distributed import LOST, STUCK, Cluster, NothingToDo, from_environment
 from dlrm_jax.spec import SpecError
 
+# Without what JAX, imported by other tests, has put there.
+ENVIRON = {name: value for name, value in os.environ.items() if name != 'TF_CPP_MIN_LOG_LEVEL'}
 TOO_LATE = 30  # seconds, in which all must have ended after one was lost
 
 
@@ -122,7 +125,7 @@ class Toys:
       command = [*(prefix[index] if prefix else ()), sys.executable, '-m', 'tests.toy', *map(str, arguments)]
       own = ours(where, str(count), str(index)) | environ
       with (folder / f'out{index}').open('w') as out, (folder / f'err{index}').open('w') as err:
-        self.processes.append(subprocess.Popen(command, cwd=repository, env=os.environ | own, stdout=out, stderr=err))
+        self.processes.append(subprocess.Popen(command, cwd=repository, env=ENVIRON | own, stdout=out, stderr=err))
 
   def read(self, name, index):
     return (self.folder / f'{name}{index}').read_text()
@@ -224,7 +227,7 @@ def test_a_port_that_is_taken_is_one_line(repository):
   with socket.socket() as taken:
     taken.bind(('127.0.0.1', 0))
     taken.listen()
-    environ = os.environ | ours(f'127.0.0.1:{taken.getsockname()[1]}', '2', '0')
+    environ = ENVIRON | ours(f'127.0.0.1:{taken.getsockname()[1]}', '2', '0')
     done = subprocess.run(
       [sys.executable, '-m', 'tests.toy', '1'], cwd=repository, env=environ, capture_output=True, text=True, check=False
     )
@@ -240,8 +243,9 @@ def ip(*arguments):
 @pytest.fixture
 def namespaces():
   """A bridge with three network namespaces on it, 10.97.0.1 to 10.97.0.3; the prefixes of commands in them."""
-  names = [f'dlrm{os.getpid()}n{index}' for index in range(3)]
-  bridge, cables = f'br{os.getpid()}', [f'v{os.getpid()}n{index}' for index in range(3)]
+  own = secrets.token_hex(3)  # anew each time, since what is deleted may be there a while longer
+  names = [f'dlrm{own}n{index}' for index in range(3)]
+  bridge, cables = f'br{own}', [f'v{own}n{index}' for index in range(3)]
   made = [ip('netns', 'add', name).returncode == 0 for name in names]
   try:
     if not all(made) or ip('link', 'add', bridge, 'type', 'bridge').returncode:
