@@ -27,7 +27,7 @@ from dlrm_jax.watchdog import Watchdog
 LOST = 3  # exit code: another process failed, or cannot be reached
 STUCK = 4  # exit code: the watchdog's
 START = 300  # seconds that a process waits for the others to start
-END = 300  # seconds that a process that is done waits for the others, as long as they live
+END = 600  # seconds that a process that is done waits for the others, as long as they live
 # Seconds without a word between a process and JAX's coordination service, in process 0. Longer than the limit of the
 # peers, who can say what happened; this is for the case that they do not.
 HEARTBEAT = 25
@@ -136,6 +136,7 @@ class Members:
   def __init__(self, index: int = 0) -> None:
     self.index = index
     self.peers: Peers | None = None
+    self.terminate: Any = None  # what C++ calls, which has only its address
     self._ending = threading.Lock()  # whoever has it ends the process: the first reason is the only one told
 
   def stop(self, step: int, received: int = 0) -> int:
@@ -174,7 +175,7 @@ class Members:
     text = ' '.join(str(error).split())
     if isinstance(error, (ClusterError, SpecError)):
       self.end(text, 2 if isinstance(error, SpecError) else 1)
-    if any(name in text for name in ('Gloo', 'oordination', 'MPI_')):
+    if any(name in text for name in ('Gloo', 'oordination', 'MPI_', 'bad_cast')):
       self.cut_off(text)
     if isinstance(error, KeyboardInterrupt):
       self.end('interrupted', 130)
@@ -299,7 +300,7 @@ def _catch_verdicts(members: Members) -> None:
     before()
 
   before = handler(set_terminate(terminate))
-  members.terminate = terminate  # C++ has only its address
+  members.terminate = terminate
 
 
 def _meet(cluster: Cluster, client: Any, lost: Callable[[str], None]) -> tuple[str, Peers]:

@@ -18,6 +18,8 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
+from dlrm_jax.distributed import LOST
+
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL, when another process has failed
 SAVING = 120.0  # seconds that the others have to end by themselves, when all were asked to stop
 WRONG_COMMAND = 2  # an exit code that a restart cannot change
@@ -119,6 +121,8 @@ class Launcher:
         if index in ended or child.poll() is None:
           continue
         ended.add(index)
+        if code == LOST and child.returncode > 0 and child.returncode != 128 + signal.SIGTERM:
+          code = child.returncode  # this one was the reason, though another one ended before it
         if child.returncode and kill_at == float('inf'):
           code = child.returncode if child.returncode > 0 else 128 - child.returncode
           say(f'process {index} {how(child.returncode)}' + ('' if self._asked else '; ending the others'))

@@ -6,7 +6,7 @@ import sys
 
 # Each may import only from those before it (and from its own group).
 ORDER = [
-  ['structs', 'spec', 'words', 'peers', 'watchdog', 'launch'],
+  ['structs', 'spec', 'words', 'peers', 'watchdog'],
   ['native'],
   ['optim', 'model', 'metrics'],
   ['embeddings'],
@@ -14,7 +14,7 @@ ORDER = [
   ['program', 'state', 'step', 'upkeep'],
   ['checkpoint', 'distributed', 'evaluate', 'logs', 'sources'],
   ['train'],
-  ['main'],
+  ['main', 'launch'],
 ]
 
 

@@ -213,14 +213,23 @@ def test_a_stuck_step_ends_all_by_the_watchdog(toys):
 
 
 @pytest.mark.parametrize('asked', [0, 1])
-def test_a_polite_signal_to_one_stops_all_after_the_same_step(asked, toys):
-  run = toys(3, 100_000)
+def test_a_polite_signal_to_one_stops_all_after_the_same_step(asked, toys, tmp_path):
+  run = toys(3, 100_000, DLRM_HEARTBEAT=str(tmp_path / 'alive'))
   run.wait_for_step(20)
   run.processes[asked].send_signal(signal.SIGTERM)
   assert run.codes(range(3), TOO_LATE) == [128 + signal.SIGTERM] * 3
   ends = {run.read('err', index).splitlines()[-1] for index in range(3)}
   assert len(ends) == 1, ends
   assert ends.pop().startswith('ended after step ')
+  assert (tmp_path / 'alive').exists()
+
+
+def test_without_an_mpi_library_the_protocol_is_one_line_and_code_2(repository):
+  code = 'from dlrm_jax.distributed import *\nwith joined(Cluster("127.0.0.1:9", 2, 0), "mpi"): pass'
+  done = subprocess.run([sys.executable, '-c', code], cwd=repository, capture_output=True, text=True, check=False)
+  assert done.returncode == 2
+  assert done.stderr.count('\n') == 1
+  assert 'MPITRAMPOLINE_LIB' in done.stderr
 
 
 def test_a_port_that_is_taken_is_one_line(repository):

@@ -98,6 +98,12 @@ def test_the_code_is_that_of_the_first_that_failed_and_the_others_are_ended(end,
   assert [line for line in err if line.endswith('; ending the others')], err
 
 
+def test_one_that_ended_because_of_another_hides_nothing(repository):
+  code = INDEX + 'if index == 1: sys.exit(3)\nif index == 0:\n  time.sleep(0.5)\n  sys.exit(1)\ntime.sleep(100)'
+  code = 'import signal; signal.signal(15, signal.SIG_IGN)\n' + code
+  assert launched(repository, 3, 0, '-c', code, seconds=20)[0] == 1
+
+
 def test_one_that_is_stopped_is_killed(repository):
   code = INDEX + (
     'if index == 1:\n  time.sleep(1)\n  sys.exit(3)\nif index == 2: os.kill(os.getpid(), 19)\ntime.sleep(100)'
