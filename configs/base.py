@@ -33,6 +33,8 @@ def get_config() -> ConfigDict:
   c.native = True  # C++ kernels, built at first use where there is a compiler; False: XLA alone. Same numbers
   c.inter = 0  # threads that parse and hash; 0: one
   c.intra = 0  # threads of XLA; 0: one per core
+  c.protocol = 'gloo'  # between the processors of several processes. gloo: TCP; mpi: needs an MPI library
+  c.watchdog_seconds = 120  # without a finished step, after which a run is ended as stuck; 0: never
 
   # The data: label, I1..I13, C1..C26 in each row.
   c.data = ConfigDict()

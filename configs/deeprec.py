@@ -1,10 +1,14 @@
 """The flags of DeepRec's modelzoo/DLRM/train.py: --config="configs/deeprec.py:--bf16 --optimizer=adagrad".
 
 The only place that knows the old names and values. Three things differ from base: 10,000 buckets for every column and
-a learning rate of 0.01, as in their script; and `--tf`, which turns DeepRec's features off.
+a learning rate of 0.01, as in their script; and `--tf`, which turns DeepRec's features off. Under TF_CONFIG,
+batch_size is that of one worker.
 """
 
 import argparse
+import json
+import logging
+import os
 import shlex
 from typing import NoReturn
 
@@ -13,12 +17,7 @@ from ml_collections import ConfigDict
 from configs import base
 
 # What a flag may be called with today; other values answer "not yet".
-NOT_YET = {
-  'incremental_ckpt': 0,
-  'protocol': 'grpc',
-  'input_layer_partitioner': 8,
-  'dense_layer_partitioner': 16,
-}
+NOT_YET = {'incremental_ckpt': 0}
 
 
 class Parser(argparse.ArgumentParser):
@@ -86,18 +85,41 @@ def get_config(flags: str = '') -> ConfigDict:
   same = ('data_location', 'steps', 'batch_size', 'output_dir', 'checkpoint', 'save_steps', 'seed', 'no_eval')
   for name in (*same, 'keep_checkpoint_max', 'timeline', 'inter', 'intra', 'smartstaged', 'op_fusion'):
     config[name] = getattr(args, name)
+  config.batch_size *= _workers()
+  _transport(args.protocol)
   config.micro_batch = max(1, args.micro_batch)
   config.data.workqueue = args.workqueue
   config.optimizer.name = args.optimizer
   config.optimizer.learning_rate = args.learning_rate
   config.model.interaction = args.interaction_op
   config.model.dtype = 'bfloat16' if args.bf16 else 'float32'
+  config.model.shard_kb = float(args.dense_layer_partitioner)
+  config.embedding.shard_mb = float(args.input_layer_partitioner)
   config.embedding.fusion = args.emb_fusion
   config.embedding.buckets = (10_000,)
   _embedding_variables(config, args)
   if args.tf:
     _community_tensorflow(config)
   return config
+
+
+def _workers() -> int:
+  # Under TF_CONFIG their batch size is that of one worker; here it is that of all. What is wrong with TF_CONFIG, main
+  # says: dlrm_jax.distributed reads it.
+  try:
+    jobs = json.loads(os.environ.get('TF_CONFIG') or '{}')['cluster']
+    workers = len(jobs.get('chief', ())) + len(jobs.get('worker', ()))
+  except (ValueError, KeyError, TypeError, AttributeError):
+    return 1
+  if workers > 1:
+    logging.getLogger(__name__).warning('batch_size is multiplied by the %d workers of TF_CONFIG', workers)
+  return max(1, workers)
+
+
+def _transport(name: str) -> None:
+  # config.protocol stays at gloo, whatever the name.
+  if name != 'grpc' or os.environ.get('TF_CONFIG'):
+    logging.getLogger(__name__).warning('--protocol=%s: processes exchange arrays by Gloo, over TCP', name)
 
 
 # Steps between evictions and between widths where no checkpoints are written before the end.

@@ -16,11 +16,13 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 Scalars = dict[str, float | int | None]
 
 
-def setup_logging() -> None:
-  """Log lines of this program on stderr; other libraries only from warnings on."""
+def setup_logging(process: int = 0) -> None:
+  """Log lines of this program on stderr; other libraries and processes but the first only from warnings on."""
   # force: absl has put a handler of its own there.
-  form = {'format': '%(asctime)s %(message)s', 'datefmt': '%H:%M:%S'}
-  logging.basicConfig(level=logging.INFO, stream=sys.stderr, force=True, **form)
+  who = f'process {process}: ' if process else ''
+  form = {'format': f'%(asctime)s {who}%(message)s', 'datefmt': '%H:%M:%S'}
+  level = logging.WARNING if process else logging.INFO
+  logging.basicConfig(level=level, stream=sys.stderr, force=True, **form)
   for name in ('absl', 'jax', 'orbax', 'tensorboardX', 'grain'):
     logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -71,9 +73,9 @@ def _lines(path: Path) -> list[str]:
 class Progress:
   """A bar with rate and time left on a terminal; nothing elsewhere, where log lines must do. A context manager."""
 
-  def __init__(self, step: int, last_step: int, batch_size: int) -> None:
+  def __init__(self, step: int, last_step: int, batch_size: int, wanted: bool = True) -> None:
     # A terminal of width 0, such as some containers have, would show nothing at all.
-    terminal = sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    terminal = wanted and sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
     self._bar = tqdm(
       total=last_step * batch_size, initial=step * batch_size, unit=' samples', unit_scale=True,
       disable=not terminal, dynamic_ncols=True, smoothing=0.1, desc='train',
@@ -136,6 +138,11 @@ class Stopwatch:
     self._examples = 0
     self._seconds = 0.0
     self._since: float | None = None
+
+  @property
+  def is_warming(self) -> bool:
+    """Whether steps are still to be skipped."""
+    return self._skip > 0
 
   def count(self, examples: int, result: Any) -> None:
     """Another step was started, whose `result` can be waited for."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from dlrm_jax import distributed
 from dlrm_jax import spec as specs
 
 FLAGS = flags.FLAGS
@@ -24,25 +25,32 @@ def main(argv: list[str]) -> int:
   """Runs the experiment; the exit code is 0 only if everything was written."""
   try:
     spec = specs.from_config(parse(argv))
+    cluster = distributed.from_environment(os.environ)
   except specs.SpecError as error:
     return fail(error, 2)
+  except distributed.NothingToDo as reason:
+    print(reason, file=sys.stderr)
+    return 0
   prepare_process(spec.intra)
+  if cluster:
+    distributed.quiet()
   # Only now may JAX start.
   from dlrm_jax import train
   from dlrm_jax.checkpoint.full import CheckpointError
   from dlrm_jax.data.schema import DataError
   from dlrm_jax.logs import setup_logging
 
-  setup_logging()
+  setup_logging(cluster.index if cluster else 0)
   for name in WITHOUT_COUNTERPART & set(os.environ):
     logging.info('%s is set; it has no counterpart here and changes nothing', name)
-  try:
-    train.run(spec)
-  except (CheckpointError, DataError, train.TrainingError, OSError) as error:
-    return fail(error, 1)
-  except train.Stopped as error:
-    print(error, file=sys.stderr)
-    return 128 + error.number
+  with distributed.joined(cluster, spec.protocol) as members:
+    try:
+      train.run(spec, members)
+    except (CheckpointError, DataError, train.TrainingError, OSError) as error:
+      return members.fail(error, 1)
+    except train.Stopped as error:
+      print(error, file=sys.stderr)
+      return 128 + error.number
   return 0
 
 

@@ -14,6 +14,7 @@ from dlrm_jax.data.index import FileIndex, index_files
 from dlrm_jax.data.queue_reader import queue_batches
 from dlrm_jax.data.schema import DataError, DataSpec
 from dlrm_jax.data.stage import Staged, stage
+from dlrm_jax.distributed import Members
 from dlrm_jax.sharding import ALONE, Axis
 from dlrm_jax.spec import KEYED, Spec
 
@@ -55,10 +56,13 @@ def open_sources(spec: Spec) -> Sources:
   return sources
 
 
-def train_batches(sources: Sources, spec: Spec, position: Position, axis: Axis = ALONE) -> Staged:
+def train_batches(
+  sources: Sources, spec: Spec, position: Position, axis: Axis = ALONE, members: Members | None = None
+) -> Staged:
   """(batch on the devices, position after it), from `position` on without end. A context manager and iterator."""
   if spec.data.workqueue:
-    batches = queue_batches(sources.train, sources.reading, spec.batch_size, spec.seed, state=position)
+    processes = (members or Members()).rounds()
+    batches = queue_batches(sources.train, sources.reading, spec.batch_size, spec.seed, processes, position)
   else:
     batches = pipeline.train_batches(
       sources.train, sources.reading, spec.batch_size, spec.seed, jax.process_index(), jax.process_count(), position

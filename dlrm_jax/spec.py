@@ -190,6 +190,8 @@ class Spec:
   native: bool
   inter: int = _at_least(0)
   intra: int = _at_least(0)
+  protocol: str = _one_of('gloo', 'mpi')
+  watchdog_seconds: int = _at_least(0)
   data: DataSpec
   model: ModelSpec
   embedding: EmbeddingSpec

@@ -19,6 +19,7 @@ from jax import Array
 from dlrm_jax import sources
 from dlrm_jax import spec as specs
 from dlrm_jax.checkpoint.full import Checkpoints
+from dlrm_jax.distributed import Members
 from dlrm_jax.evaluate import evaluate
 from dlrm_jax.logs import Meter, Progress, Records, Scalars, Stopwatch
 from dlrm_jax.program import Program, make_program
@@ -52,6 +53,7 @@ class Run:
 
   program: Program
   sources: Sources
+  members: Members
   checkpoints: Checkpoints
   records: Records
   predict: Callable[[TrainState, Batch], tuple[Array, Array, Array]]
@@ -76,8 +78,12 @@ class Run:
     return self.spec.steps or self.step + sources.remaining_batches(self.sources, self.spec, self.position)
 
 
-def run(spec: Spec) -> None:
-  """Trains, evaluates and saves as `spec` says, then prints the result as one line of JSON."""
+def run(spec: Spec, members: Members | None = None) -> None:
+  """Trains, evaluates and saves as `spec` says, then prints the result as one line of JSON.
+
+  `members` is this process among those of the run; None: there is no other.
+  """
+  members = members or Members()
   data = sources.open_sources(spec)  # first, since bad data is the most common mistake
   program = make_program(spec, all_devices())
   logging.info('%s', program.native.note)
@@ -85,10 +91,9 @@ def run(spec: Spec) -> None:
   with Checkpoints(folder / 'checkpoints', spec.keep_checkpoint_max) as checkpoints:
     state, step, position = restore_or_init(program, data, checkpoints)
     if is_first():
-      (folder / 'config.json').write_text(json.dumps(specs.to_dict(spec), indent=2) + '
-')
+      (folder / 'config.json').write_text(json.dumps(specs.to_dict(spec), indent=2) + '\n')
     with Records(folder if is_first() else None, step) as records:
-      job = Run(program, data, checkpoints, records, jit_predict(program), state, step, position)
+      job = Run(program, data, members, checkpoints, records, jit_predict(program), state, step, position)
       del state  # the job owns it now: a second reference would keep the first tables alive
       if spec.embedding.kind in specs.KEYED and job.last_step >= specs.MOST_STEPS:
         raise TrainingError(
@@ -114,42 +119,47 @@ def is_first() -> bool:
 def train(run: Run) -> None:
   """The training loop. Stopped, after a checkpoint, if a signal asked for it."""
   spec, step_fn, upkeep = run.spec, jit_train_step(run.program), Upkeep(run.program)
-  watch, meter = Stopwatch(WARMUP_STEPS), Meter()
+  watch, meter, stop = Stopwatch(WARMUP_STEPS), Meter(), 0
   with (
-    sources.train_batches(run.sources, spec, run.position, run.program.axis) as batches,
-    Progress(run.step, run.last_step, spec.batch_size) as progress,
+    sources.train_batches(run.sources, spec, run.position, run.program.axis, run.members) as batches,
+    Progress(run.step, run.last_step, spec.batch_size, is_first()) as progress,
+    run.members.watchdog(spec.watchdog_seconds) as watchdog,
     StopSignals() as signals,
   ):
-    while run.step < run.last_step and not signals.received:
+    while run.step < run.last_step and not stop:
       batch, run.position = next(batches)
-      with timeline(run):
+      with watchdog.paused() if watch.is_warming else contextlib.nullcontext(), timeline(run):
         run.state, metrics = step_fn(run.state, batch)
       run.step += 1
-      run.state = upkeep(run.state, run.step)
+      with watchdog.paused():
+        run.state = upkeep(run.state, run.step)
       progress.advance()
       meter.add(metrics)
       watch.count(spec.batch_size, metrics)
+      watchdog.step_done(run.step)
 
       last = run.step == run.last_step
       save, evaluate = (every(steps, run.step) and not last for steps in (spec.save_steps, spec.eval_every))
       # In this order: nothing is saved whose loss was not seen to be finite, and it is safe before the slow evaluation.
       if save or last or every(spec.log_every, run.step):
         log(run, meter, progress)
-      if save:
-        run.save()
-      if evaluate and not spec.no_eval:
-        watch.pause(run.state)
-        evaluation_of(run)
-        watch.go()
-        meter.restart()
+      with watchdog.paused():
+        if save:
+          run.save()
+        if evaluate and not spec.no_eval:
+          watch.pause(run.state)
+          evaluation_of(run)
+          watch.go()
+          meter.restart()
+      stop = run.members.stop(run.step, signals.received)
     watch.pause(run.state)
   run.samples_per_second = watch.rate()
   run.skipped_rows = sum(of_all(batches.items.skipped_rows))
   warn_of_skipped(run.skipped_rows, 'training')
-  if signals.received:
+  if stop:
     run.save()
     run.checkpoints.wait()
-    raise Stopped(signals.received)
+    raise Stopped(stop)
 
 
 def every(steps: int, step: int) -> bool:

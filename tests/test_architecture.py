@@ -6,15 +6,15 @@ import sys
 
 # Each may import only from those before it (and from its own group).
 ORDER = [
-  ['structs', 'spec', 'words', 'sharding'],
+  ['structs', 'spec', 'words', 'sharding', 'peers', 'watchdog'],
   ['native'],
   ['optim', 'model', 'metrics'],
   ['embeddings'],
   ['data'],
   ['program', 'state', 'step', 'upkeep'],
-  ['checkpoint', 'evaluate', 'logs', 'sources'],
+  ['checkpoint', 'distributed', 'evaluate', 'logs', 'sources'],
   ['train'],
-  ['main', 'inspect_checkpoint'],
+  ['main', 'inspect_checkpoint', 'launch'],
 ]
 
 

@@ -1,5 +1,6 @@
 """Old command lines: defaults as in the seed's README, each flag with its effect, each mistake with its fix."""
 
+import json
 import shlex
 
 import pytest
@@ -26,12 +27,13 @@ def test_flags_and_defaults_are_the_seeds():
   assert vars(deeprec.parser().parse_args([])) == SEED_DEFAULTS
 
 
-def test_without_flags_only_buckets_and_learning_rate_differ_from_base():
+def test_without_flags_only_buckets_learning_rate_and_partitioner_differ_from_base():
   ours, theirs = specs.to_dict(specs.from_config(base.get_config())), specs.to_dict(spec_of(''))
   assert theirs['embedding'].pop('buckets') == (10_000,) * 26
   assert ours['embedding'].pop('buckets') != (10_000,) * 26
   assert theirs['optimizer'].pop('learning_rate') == 0.01
   assert ours['optimizer'].pop('learning_rate') < 0.01
+  assert (ours['model'].pop('shard_kb'), theirs['model'].pop('shard_kb')) == (0, 16)
   assert ours == theirs
 
 
@@ -74,6 +76,9 @@ def test_without_flags_only_buckets_and_learning_rate_differ_from_base():
     ('--ev --tf', 'embedding.kind', 'static'),
     ('--workqueue', 'data.workqueue', True),
     ('--workqueue --tf', 'data.workqueue', False),
+    *[(f'--protocol={name}', 'protocol', 'gloo') for name in ('grpc', 'grpc++', 'star_server')],
+    ('--input_layer_partitioner=3', 'embedding.shard_mb', 3.0),
+    ('--dense_layer_partitioner=7', 'model.shard_kb', 7.0),
   ],
 )
 def test_a_flag_changes_its_field(flags, field, value):
@@ -90,6 +95,30 @@ def test_tf_wins_over_the_features_it_turns_off():
   assert spec.optimizer.learning_rate == 0.2
 
 
+def test_what_an_old_protocol_stands_for_is_said_once(caplog):
+  deeprec.get_config('')
+  assert caplog.text == ''
+  deeprec.get_config('--protocol=star_server')
+  (record,) = caplog.records
+  assert '--protocol=star_server' in record.message
+  assert 'Gloo' in record.message
+
+
+@pytest.mark.parametrize(
+  ('cluster', 'workers'),
+  [
+    ({'chief': ['a:1'], 'worker': ['b:1', 'c:1'], 'ps': ['d:1']}, 3),
+    ({'worker': ['b:1', 'c:1'], 'ps': ['d:1']}, 2),
+    ({'worker': ['b:1']}, 1),
+    (7, 1),  # main says what is wrong
+  ],
+)
+def test_under_tf_config_the_batch_size_is_that_of_a_worker(cluster, workers, monkeypatch, caplog):
+  monkeypatch.setenv('TF_CONFIG', json.dumps({'cluster': cluster, 'task': {'type': 'worker', 'index': 0}}))
+  assert spec_of('--batch_size=64').batch_size == 64 * workers
+  assert (f'multiplied by the {workers} workers' in caplog.text) == (workers > 1)
+
+
 @pytest.mark.parametrize(
   ('flags', 'words'),
   [
@@ -102,7 +131,7 @@ def test_tf_wins_over_the_features_it_turns_off():
     ('--ev --adaptive_emb', ['--ev', '--adaptive_emb', 'leave one out']),
     ('--ev_filter=cbf', ['--ev_filter=cbf', 'needs --ev']),
     ('--ev_elimination=l2', ['--ev_elimination=l2', 'needs --ev']),
-    ('--protocol=star_server', ['--protocol', 'not yet']),
+    ('--protocol=http', ['--protocol', 'star_server']),
   ],
 )
 def test_a_mistake_is_one_line(flags, words):

@@ -42,6 +42,16 @@ def test_a_bar_on_a_terminal_that_has_a_width(columns, visible, repository):
   assert ('samples/s, loss 0.5000' in text.decode()) == visible
 
 
+@pytest.mark.parametrize(('process', 'expected'), [(0, ['one', 'two']), (3, ['process 3: two'])])
+def test_other_processes_than_the_first_log_warnings_with_their_number(process, expected, repository):
+  code = (
+    'import logging; from dlrm_jax.logs import setup_logging; '
+    f'setup_logging({process}); logging.info("one"); logging.warning("two")'
+  )
+  done = subprocess.run([sys.executable, '-c', code], cwd=repository, capture_output=True, text=True, check=True)
+  assert [line.split(maxsplit=1)[1] for line in done.stderr.splitlines()] == expected
+
+
 def test_the_stopwatch_leaves_out_the_first_steps_and_pauses(monkeypatch):
   now = iter(range(0, 1000, 10))
   monkeypatch.setattr('time.perf_counter', lambda: next(now))

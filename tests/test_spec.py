@@ -51,6 +51,8 @@ def test_a_single_number_of_buckets_stands_for_all_columns():
     ('smartstaged', 1, ['config.smartstaged=1', 'True or False']),
     ('seed', -1, ['config.seed=-1']),
     ('micro_batch', 3, ['micro_batch=3', 'try 510']),
+    ('protocol', 'grpc', ["protocol='grpc'", 'gloo, mpi']),
+    ('watchdog_seconds', -1, ['watchdog_seconds=-1', 'at least 0']),
     ('data_location', '', ['config.data_location', 'folder']),
     ('data.streams', 0, ['config.data.streams=0', 'at least 1']),
     ('data.shuffle_rows', 100, ['config.data.shuffle_rows=100', '20000']),
