@@ -30,7 +30,7 @@ from tests.helpers import SMALL, small_spec
 
 STEPS, STOP = 120, 71
 ROWS = 2000  # of the training data: 63 steps an epoch, the last one partial
-EVICT_EVERY, THRESHOLD = 16, 2
+EVICT_EVERY, THRESHOLD = 16, 3
 
 # Axis -> value -> fields of the config.
 AXES = {
@@ -41,7 +41,7 @@ AXES = {
     'counting_bloom': {'embedding.admission.name': 'counting_bloom'},
   },
   'eviction': {
-    'never': {},
+    'never': {'embedding.rows': 3072},
     'global_step': {'embedding.eviction.name': 'global_step', 'embedding.eviction.steps_to_live': 12},
     'l2': {'embedding.eviction.name': 'l2', 'embedding.eviction.l2': 0.25},
   },
@@ -55,16 +55,21 @@ AXES = {
   'mlps': {dtype: {'model.dtype': dtype} for dtype in ('float32', 'bfloat16')},
   'tables': {dtype: {'embedding.dtype': dtype} for dtype in ('float32', 'bfloat16')},
   'slices': {str(slices): {'micro_batch': slices} for slices in (1, 2)},
-  'fusion': {'fused': {}, 'apart': {'embedding.fusion': False}},
+  'fusion': {'fused': {}, 'apart': {
+    'embedding.fusion': False, 'embedding.rows': 26 * 1024, 'embedding.admission.expected_ids': 26 * 1024
+  }},
   'devices': {'1': {}},
   'kernels': {'native': {}, 'xla': {'native': False}},
 }  # fmt: skip
 # All combinations of these are rows, not pairs alone.
 OF_IDS = ('kind', 'admission', 'eviction', 'width')
 COMMON = {
-  **SMALL, 'embedding.rows': 1024, 'embedding.admission.threshold': THRESHOLD, 'embedding.admission.expected_ids': 1024,
+  **SMALL, 'embedding.rows': 2560, 'embedding.admission.threshold': THRESHOLD, 'embedding.admission.expected_ids': 2048,
   'embedding.eviction.every': EVICT_EVERY, 'data.streams': 1, 'data.shuffle_rows': 0, 'steps': STEPS,
 }  # fmt: skip
+
+
+SLOW = ('apart',)  # to compile 26 tables takes minutes
 
 
 def fields_of(row):
@@ -121,10 +126,10 @@ def make_rows():
     row = dict(pending.pop(0) if pending else min(wanted))
     for axis in [axis for axis in AXES if axis not in row]:
       new = lambda value, axis=axis: len(wanted & (pairs_of(row | {axis: value}) - pairs_of(row)))
-      # Of those that bring most new pairs the one whose pairs are in fewest rows.
+      # Of those that bring most new pairs a quick one, and then the one whose pairs are in fewest rows.
       often = lambda value, axis=axis: sum(used[pair] for pair in pairs_of(row | {axis: value}))
       values = [value for value in AXES[axis] if pairs_of(row | {axis: value}) <= possible()[1]]
-      row[axis] = max(values, key=lambda value, axis=axis: (new(value), -often(value)))
+      row[axis] = max(values, key=lambda value, axis=axis: (new(value), value not in SLOW, -often(value)))
     rows.append({axis: row[axis] for axis in AXES})
     wanted -= pairs_of(row)
     used.update(pairs_of(row))
@@ -133,7 +138,7 @@ def make_rows():
 
 def quick(rows, count=4):
   """Few rows with as many values as so few can have."""
-  seen, out = set(), []
+  rows, seen, out = [row for row in rows if not {*SLOW} & {*row.values()}], set(), []
   for _ in range(count):
     out.append(max(rows, key=lambda row: len(set(row.items()) - seen)))
     seen |= set(out[-1].items())
@@ -287,7 +292,7 @@ def assert_ids(run, row):
     assert {field: int(getattr(counts, field)) for field in expected.counts[name]} == expected.counts[name]
     assert run.state.tables[name].value.shape[0] == table.ids.rows
   total = sum(map(collections.Counter, expected.counts.values()), collections.Counter())
-  assert run.load > 0.5
+  assert run.load > (0.35 if row['fusion'] == 'fused' else 0.1)
   assert (total['evicted'] > 0) == (row['eviction'] != 'never')
   assert (total['refused'] > 0) == (row['admission'] != 'always')
 
