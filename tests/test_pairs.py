@@ -26,7 +26,7 @@ from dlrm_jax.state import init_state
 from dlrm_jax.step import jit_logits, jit_train_step
 from dlrm_jax.upkeep import Upkeep
 from tests.embeddings import reference_variables as reference
-from tests.helpers import SMALL, small_spec
+from tests.helpers import DEVICES, SMALL, small_spec
 
 STEPS, STOP = 120, 71
 ROWS = 2000  # of the training data: 63 steps an epoch, the last one partial
@@ -58,7 +58,7 @@ AXES = {
   'fusion': {'fused': {}, 'apart': {
     'embedding.fusion': False, 'embedding.rows': 26 * 1024, 'embedding.admission.expected_ids': 26 * 1024
   }},
-  'devices': {'1': {}},
+  'devices': DEVICES,
   'kernels': {'native': {}, 'xla': {'native': False}},
 }  # fmt: skip
 # All combinations of these are rows, not pairs alone.
