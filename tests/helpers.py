@@ -14,6 +14,9 @@ SMALL = {
   'embedding.buckets': (50,), 'log_every': 5, 'optimizer.learning_rate': 0.01,
 }  # fmt: skip
 
+# Number of devices -> fields of a config that cuts its tables among so many.
+DEVICES = {'1': {}}
+
 
 def small_spec(data, output, **fields):
   """The spec of a small run; a double underscore stands for the dot of a nested field."""
