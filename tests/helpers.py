@@ -5,8 +5,12 @@ import os
 import subprocess
 import sys
 
+import jax
+from jax.sharding import Mesh
+
 from configs import base
 from dlrm_jax import spec as specs
+from dlrm_jax.sharding import ALONE, NAME, Axis
 
 # 600 rows in batches of 32: 19 steps an epoch, the last one partial.
 SMALL = {
@@ -15,7 +19,12 @@ SMALL = {
 }  # fmt: skip
 
 # Number of devices -> fields of a config that cuts its tables among so many.
-DEVICES = {'1': {}}
+DEVICES = {'1': {}, '2': {'embedding.shard_mb': 0.0}, '4': {'embedding.shard_mb': 0.0, 'model.shard_kb': 0.4}}
+
+
+def devices(number):
+  """So many of this process's devices."""
+  return Axis(Mesh(jax.devices()[:number], (NAME,))) if number > 1 else ALONE
 
 
 def small_spec(data, output, **fields):

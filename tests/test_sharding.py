@@ -6,15 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from dlrm_jax.embeddings.layout import BLOCK, PARTS, TableLayout
 from dlrm_jax.program import make_program
-from dlrm_jax.sharding import ALONE, CUT, NAME, WHOLE, Axis
+from dlrm_jax.sharding import CUT, NAME, WHOLE, Axis
 from dlrm_jax.state import abstract_state, init_state, state_specs
 from dlrm_jax.step import jit_predict, jit_train_step
 from dlrm_jax.structs import Batch
-from tests.helpers import small_spec
+from tests.helpers import devices, small_spec
 
 COUNTER = {'embedding__admission__name': 'counter', 'embedding__admission__threshold': 3}
 ROOM = {'embedding__rows': 48 * 512, 'embedding__admission__expected_ids': 48 * 512}
@@ -34,10 +33,6 @@ CASES = {
   'width': DYNAMIC | {'embedding__width__name': 'dynamic', 'embedding__width__every': 3},
   'adaptive': DYNAMIC | COUNTER | CUT_ALL | {'embedding__kind': 'adaptive'},
 }
-
-
-def devices(number):
-  return Axis(Mesh(jax.devices()[:number], (NAME,))) if number > 1 else ALONE
 
 
 def make_batch(seed, size=32, padding=3):
