@@ -123,17 +123,25 @@ def make_rows():
   taken, wanted = possible()
   pending, wanted, used, rows = list(taken), set(wanted), collections.Counter(), []
   while pending or wanted:
-    row = dict(pending.pop(0) if pending else min(wanted))
-    for axis in [axis for axis in AXES if axis not in row]:
-      new = lambda value, axis=axis: len(wanted & (pairs_of(row | {axis: value}) - pairs_of(row)))
-      # Of those that bring most new pairs a quick one, and then the one whose pairs are in fewest rows.
-      often = lambda value, axis=axis: sum(used[pair] for pair in pairs_of(row | {axis: value}))
-      values = [value for value in AXES[axis] if pairs_of(row | {axis: value}) <= possible()[1]]
-      row[axis] = max(values, key=lambda value, axis=axis: (new(value), value not in SLOW, -often(value)))
-    rows.append({axis: row[axis] for axis in AXES})
+    row = complete(dict(pending.pop(0) if pending else min(wanted)), wanted, used)
+    rows.append(row)
     wanted -= pairs_of(row)
     used.update(pairs_of(row))
   return rows
+
+
+def complete(row, wanted, used):
+  """A row with values on all axes: of those that bring most wanted pairs a quick one, and then the least used."""
+
+  def merit(value):
+    pairs = pairs_of(row | {axis: value})
+    return len(wanted & pairs), value not in SLOW, -sum(used[pair] for pair in pairs)
+
+  for axis in AXES:
+    if axis not in row:
+      values = [value for value in AXES[axis] if pairs_of(row | {axis: value}) <= possible()[1]]
+      row[axis] = max(values, key=merit)
+  return {axis: row[axis] for axis in AXES}
 
 
 def quick(rows, count=4):

@@ -133,7 +133,7 @@ class Variables:
   """Ids with vectors, trained by an optimizer of tests/optim/reference.py: {id: [vector, slots]}.
 
   Without `initial` there are no vectors: what happens to ids does not depend on them, but for eviction by length.
-  `shared`, of the adaptive kind: the row {bucket: [vector, slots]} that an id has before it has its own, by `bucket_of`.
+  `shared`, of the adaptive kind: the rows {bucket: [vector, slots]}, of which an id has one before it has its own.
   """
 
   def __init__(self, ids, admission, initial=None, case='adagrad', rate=0.0, shared=None, bucket_of=None):
@@ -267,7 +267,7 @@ class Program:
       'counter': lambda name: Counter(admission.threshold, waiting[name], 64, 8),
       'counting_bloom': lambda name: Bloom(admission.threshold, share, admission.error_rate),
     }[admission.name]
-    vectors = vectors or dict.fromkeys(columns, {})
+    vectors = vectors or {name: {} for name in columns}
     self.tables = {name: Variables(Ids(pages[name], 64, 8), make(name), **vectors[name]) for name in columns}
     self.widths = {name: Widths(spec.width.blocks) for name in columns}
     zero = {'lookups': 0, 'admitted': 0, 'refused': 0, 'unplaced': 0, 'evicted': 0}

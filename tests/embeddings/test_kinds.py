@@ -41,8 +41,8 @@ COMMON = {
   'admission.threshold': 3, 'admission.expected_ids': 1024,
 }  # fmt: skip
 
-# A run: what its numbers are taken modulo (small: ids come often), how fast they drift, and its batches: a byte for each
-# lookup, and how many of the examples are there.
+# A run: what its numbers are taken modulo (small: ids come often), how slowly they drift, and its batches: a byte for
+# each lookup, and how many of the examples are there.
 lookups = st.tuples(st.binary(min_size=EXAMPLES * COLUMNS, max_size=EXAMPLES * COLUMNS), st.integers(1, EXAMPLES))
 runs = st.tuples(st.sampled_from([2, 7, 256]), st.sampled_from([1, 4, 50]), st.lists(lookups, min_size=12, max_size=40))
 
