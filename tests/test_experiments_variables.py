@@ -13,7 +13,7 @@ from dlrm_jax.data.synthetic import main as make_data
 from dlrm_jax.program import make_program
 from dlrm_jax.state import init_state
 from dlrm_jax.upkeep import bytes_of
-from experiments import common, drift, variables, variables_tables
+from experiments import common, drift, eviction, variables, variables_tables
 
 
 @pytest.fixture(scope='module')
@@ -115,6 +115,7 @@ def test_a_share_of_the_drifting_ids_dies_each_day(monkeypatch):
   assert 0.1 < np.mean(labels) < 0.5
 
 
+@pytest.mark.slow  # two runs of the program
 def test_the_program_trains_through_the_days(tmp_path, monkeypatch):
   monkeypatch.setattr(drift, 'SLOTS', 300)
   options = {'days': 6, 'steps_per_day': 8, 'batch_size': 64, 'days_to_live': 1, 'directory_rows': 4096}
@@ -135,3 +136,12 @@ def test_the_program_trains_through_the_days(tmp_path, monkeypatch):
 def test_growth_is_that_of_the_second_half():
   days = [{'ids': ids} for ids in (1, 10, 15, 20)]
   assert drift.growth(days, 'ids') == 2
+
+
+def test_eviction_table_is_beside_the_run_without():
+  run = {'eviction': 'never', 'value': 0, 'auc': 0.8, 'log_loss': 0.45}
+  run |= {'ids': 100, 'ids_admitted': 120, 'ids_evicted': 20}
+  runs = [run, run | {'eviction': 'global_step', 'value': 50, 'auc': 0.79, 'ids': 25}]
+  lines = eviction.render(runs, 200).splitlines()
+  assert lines[2] == '| never | 0.80000 | +0.00000 | 0.45000 | 120 | 20 | 100 | 100% |'
+  assert lines[3] == '| global_step 50 25% of the epoch | 0.79000 | -0.01000 | 0.45000 | 120 | 20 | 25 | 25% |'

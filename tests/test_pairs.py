@@ -137,10 +137,9 @@ def complete(row, wanted, used):
     pairs = pairs_of(row | {axis: value})
     return len(wanted & pairs), value not in SLOW, -sum(used[pair] for pair in pairs)
 
-  for axis in AXES:
+  for axis, values in AXES.items():
     if axis not in row:
-      values = [value for value in AXES[axis] if pairs_of(row | {axis: value}) <= possible()[1]]
-      row[axis] = max(values, key=merit)
+      row[axis] = max((value for value in values if pairs_of(row | {axis: value}) <= possible()[1]), key=merit)
   return {axis: row[axis] for axis in AXES}
 
 
