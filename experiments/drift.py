@@ -95,10 +95,12 @@ def train(args: argparse.Namespace, eviction: str, data: Path, output: Path) -> 
       child.kill()
       child.wait()
       raise
+    with child.stdout:  # one line, so the child never waited for it to be read
+      output = child.stdout.read()
     errors.seek(0)
     if child.returncode:
       raise common.Failed(f'exit code {child.returncode}: {common.last_words(errors.read())}')
-  result = json.loads(child.stdout.read())
+  result = json.loads(output)
   logged = [record for record in map(json.loads, lines.read_text().splitlines()) if record['kind'] == 'train']
   names = ('loss', 'ids', 'load', 'ids_evicted', 'lookups_unplaced')
   for day, record in zip(days, logged, strict=False):
