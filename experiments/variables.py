@@ -32,7 +32,7 @@ PARTS, SIZES = ('speed', 'quality'), ('full', 'small')
 # Bytes: of a row beside the vector and its slots (which lane of a batch won it), and of an id in a directory.
 SCRATCH, ENTRY = 4, 16
 SLOTS = 2  # of Adam
-PAGE = 512  # rows; a directory has whole pages
+STEP = 240 * 512  # rows; a large directory has a multiple of so many
 
 
 class System(NamedTuple):
@@ -79,14 +79,16 @@ def row_bytes(spec: Any) -> int:
 
 def computed(spec: Any) -> float:
   """GB of the tables of an `EmbeddingSpec` with Adam, their directories and filters, before they grow."""
-  paged = lambda rows: -(-rows // PAGE) * PAGE
+  from dlrm_jax.embeddings.directory import whole_pages
+  from dlrm_jax.embeddings.layout import static_layout
+
   total, admission = 0, spec.admission
   if spec.kind != 'dynamic':
-    total += sum(spec.buckets) * row_bytes(spec)
+    total += sum(table.rows for table in static_layout(spec).values()) * row_bytes(spec)
   if spec.kind != STATIC:
-    total += paged(spec.rows) * (row_bytes(spec) + ENTRY)
+    total += whole_pages(spec.rows) * (row_bytes(spec) + ENTRY)
   if admission.name == 'counter':
-    total += paged(admission.expected_ids) * ENTRY
+    total += whole_pages(admission.expected_ids) * ENTRY
   if admission.name == 'counting_bloom':
     from dlrm_jax.embeddings.admission import bloom_size
 
@@ -172,14 +174,16 @@ def measure_speed(args: argparse.Namespace, record: dict[str, Any]) -> None:
 def runs(args: argparse.Namespace) -> dict[str, tuple[str, dict[str, int]]]:
   """Name -> (config, fields of `embedding`) of the runs for quality."""
   spec = common.make_spec('base', args.data, args.buckets, args.batch_size)
-  most = int(computed(spec.embedding) * 1e9) // (row_bytes(spec.embedding) + ENTRY) // PAGE * PAGE
-  rows = args.directory_rows or most
-  counter = {'rows': max(PAGE, rows // 4), 'admission.expected_ids': rows}
+  most = int(computed(spec.embedding) * 1e9) // (row_bytes(spec.embedding) + ENTRY)
+  rows = args.directory_rows or max(most // STEP, 1) * STEP
+  counter = {'rows': rows // 4, 'admission.expected_ids': rows}
   return {STATIC: ('base', {}), 'dynamic': ('dynamic', {'rows': rows}), 'counter of 3': ('counter', counter)}
 
 
 def quality(args: argparse.Namespace, config: str, fields: dict[str, int], output: Path) -> dict[str, Any]:
   """One run of the program, and what it came to."""
+  from dlrm_jax.embeddings.directory import whole_pages
+
   flags = [f'--config.embedding.{name}={value}' for name, value in fields.items()]
   buckets = 0 if config == 'dynamic' else args.buckets
   nested = {'rows': fields['rows']} if fields else {}
@@ -197,7 +201,7 @@ def quality(args: argparse.Namespace, config: str, fields: dict[str, int], outpu
   return {name: result[name] for name in ('step', 'auc', 'log_loss', 'samples_per_second')} | {
     **{name: last.get(name) for name in names},
     'rows': rows,
-    'first_rows': -(-spec.rows // PAGE) * PAGE if fields else rows,
+    'first_rows': whole_pages(spec.rows) if fields else rows,
     'computed_gb': computed(spec),
     'tables_gb': rows * row_bytes(spec) / 1e9 + last.get('ids_memory_gb', 0),
     'peak_gb': peak,
