@@ -71,6 +71,10 @@ def get_config() -> ConfigDict:
   c.embedding.l2 = 0.0  # adds l2 * vector to the gradient of every touched row, once a step
   c.embedding.shard_mb = 8.0  # several devices share out tables whose vectors have so many MB; all hold smaller ones
 
+  # Of tables that devices share out. gather: every device sees all lookups; all_to_all, which embedding variables do not
+  # have: each lookup goes to the device that has its row; auto: all_to_all from 8 devices on
+  c.embedding.exchange = 'auto'
+
   # Kind multi_hash: a vector is made of the rows of bucket mod m and of bucket // m; no two buckets share both.
   c.embedding.multi_hash = ConfigDict()
   c.embedding.multi_hash.operation = 'mul'  # add; mul: remainder * (1 + quotient); concat: dim/2 numbers of each

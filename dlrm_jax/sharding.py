@@ -59,6 +59,14 @@ class Axis:
     """This device's part of the leading axis of the sum over the devices."""
     return jax.lax.psum_scatter(x, NAME, tiled=True) if self.mesh else x
 
+  def most(self, x: Array) -> Array:
+    """The largest of the devices' numbers."""
+    return jax.lax.pmax(x, NAME) if self.mesh else x
+
+  def swap(self, x: Array) -> Array:
+    """Of each device the part of its leading axis that is for this one, one after another."""
+    return jax.lax.all_to_all(x, NAME, 0, 0, tiled=True) if self.mesh else x
+
   def own(self, x: Array) -> Array:
     """This device's part of the leading axis of what all devices have."""
     size = x.shape[0] // self.size

@@ -136,6 +136,7 @@ class EmbeddingSpec:
   fusion: bool
   l2: float = _at_least(0)
   shard_mb: float = _at_least(0)
+  exchange: str = _one_of('auto', 'gather', 'all_to_all')
   multi_hash: MultiHashSpec
   rows: int = _between(1, 2**30)
   memory_gb: float = _at_least(0)
@@ -338,6 +339,11 @@ def _check_embedding(spec: Spec) -> None:
     if embedding.kind == 'multi_hash':
       _check_multi_hash(embedding)
     return
+  if embedding.exchange == 'all_to_all':
+    raise SpecError(
+      f"config.embedding.exchange='all_to_all': tables of kind {embedding.kind!r} have no such form; set it to "
+      "'auto' or 'gather'"
+    )
   if spec.steps >= MOST_STEPS:
     raise SpecError(f'config.steps={spec.steps}: a directory of ids counts less than {MOST_STEPS} steps; set fewer')
   if spec.optimizer.table_update == 'all':

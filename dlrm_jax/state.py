@@ -54,11 +54,9 @@ def state_placing(program: Program) -> Any:
 
 def _init(program: Program) -> TrainState:
   dim, seed = program.spec.embedding.dim, program.spec.seed
-  # Column numbers are folded into the tables' keys, so the network takes a number that no column has.
-  key = jax.random.fold_in(jax.random.key(seed), len(CATEGORIES))
   dense, vectors = jnp.zeros((1, len(INTEGERS))), jnp.zeros((1, len(CATEGORIES), dim))
   tables, known = program.embeddings.init()
-  variables = program.model.init(key, dense, vectors, jnp.ones(1), train=True)
+  variables = program.model.init(jax.random.key(seed), dense, vectors, jnp.ones(1), train=True)
   params = variables['params']
   if program.axis.mesh:
     own = lambda spec, leaf: program.axis.own(leaf) if spec == CUT else leaf

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dlrm_jax.embeddings import exchange
 from dlrm_jax.embeddings.layout import BLOCK, PARTS, TableLayout
+from dlrm_jax.optim import bits
 from dlrm_jax.program import make_program
 from dlrm_jax.sharding import CUT, NAME, WHOLE, Axis
 from dlrm_jax.state import abstract_state, init_state, state_specs
@@ -26,6 +28,7 @@ CASES = {
   'all rows': CUT_ALL | {'optimizer__table_update': 'all', 'optimizer__name': 'adam'},
   'network': CUT_ALL | {'model__shard_kb': 0.01, 'optimizer__name': 'adagraddecay'},
   'dot, slices': CUT_ALL | {'model__interaction': 'dot', 'micro_batch': 2},
+  'all to all': CUT_ALL | {'embedding__exchange': 'all_to_all'},
   'multi-hash': CUT_ALL | {'embedding__kind': 'multi_hash', 'embedding__multi_hash__full_below': 0},
   'dynamic': DYNAMIC,
   'counter': DYNAMIC | COUNTER,
@@ -110,6 +113,27 @@ def test_lookup_and_update_have_the_same_bits_on_any_number_of_devices(case, opt
     results.append(jax.device_get((vectors, tables, known)))
   for result in results[1:]:
     jax.tree.map(np.testing.assert_array_equal, result, results[0])
+
+
+@pytest.mark.parametrize('box', [None, 5], ids=['one round', 'many rounds'])
+@pytest.mark.parametrize('case', ['static', 'bfloat16'])
+def test_all_to_all_is_gather_but_for_the_order_of_sums(case, box, monkeypatch):
+  if box:
+    monkeypatch.setattr(exchange, 'capacity', lambda lookups, devices: box)
+  gradients = np.random.default_rng(1).normal(size=(2, 32, 26, 8)).astype(np.float32)
+  results = []
+  for how in ('gather', 'all_to_all', 'all_to_all'):
+    program = make_program(small_spec('data', 'result', **CASES[case], embedding__exchange=how), devices(4))
+    assert program.embeddings.is_routed('fused') == (how == 'all_to_all')
+    state = init_state(program)
+    for seed, gradient in enumerate(gradients):
+      vectors, tables, known = lookup_and_update(program, state, program.axis.put(make_batch(seed)), gradient)
+      state = state.replace(tables=tables, known=known)
+    results.append(jax.device_get((vectors, bits.widen(tables['fused'].value), bits.widen(tables['fused'].slots))))
+  gathered, routed, again = results
+  jax.tree.map(np.testing.assert_array_equal, routed, again)
+  close = {'rtol': 1e-5, 'atol': 1e-6} if case == 'static' else {'rtol': 2**-7, 'atol': 1e-3}
+  jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, **close), gathered, routed)
 
 
 def test_every_device_has_an_equal_part_of_the_rows():

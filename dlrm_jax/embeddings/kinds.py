@@ -16,7 +16,7 @@ import optax
 from jax import Array
 from jaxtyping import Float, Int32
 
-from dlrm_jax.embeddings import tables
+from dlrm_jax.embeddings import exchange, tables
 from dlrm_jax.embeddings.adaptive import initial_from, shared_rows
 from dlrm_jax.embeddings.admission import Admission
 from dlrm_jax.embeddings.counts import counted, no_counts
@@ -36,6 +36,8 @@ Tables = dict[str, Table]
 Vocabularies = dict[str, Vocabulary]
 
 
+# Devices from which on `exchange` auto is all_to_all.
+MANY_DEVICES = 8
 # Arrays of a `Vocabulary` that are not by row.
 SHARED = ('counts', 'least')
 
@@ -43,7 +45,8 @@ SHARED = ('counts', 'least')
 class Found(NamedTuple):
   """Where the lookups of a batch go: of the examples of all devices, but only to the rows that this device has."""
 
-  rows: dict[str, Array]  # i32[B, columns] in each table, numbered from this device's first row
+  # By table: i32[B, columns], numbered from this device's first row; or, where lookups are routed, an `exchange.Route`.
+  rows: dict[str, Any]
   mask: Any = ()  # f32[b, 26, D], what vectors of this device's examples are multiplied by; () for nothing
 
 
@@ -97,25 +100,31 @@ class Static:
 
   def find(self, known: Vocabularies, batch: Batch) -> Found:
     """Evaluation's lookups: nothing changes."""
-    batch = self.everyones(batch)
-    return Found(self.here(self.layout, tables.resolve(self.layout, batch.bucket, batch.weight)))
+    all_, rows = self.everyones(batch), {}
+    for name, table in self.layout.items():
+      if self.is_routed(name):
+        rows[name] = exchange.route(self.axis, table.rows, table.resolve(batch.bucket, batch.weight))
+      else:
+        rows[name] = self.here(name, table.rows, table.resolve(all_.bucket, all_.weight))
+    return Found(rows)
+
+  def is_routed(self, name: str) -> bool:
+    """Whether lookups go to the device that has their row; otherwise, all go to all."""
+    wanted = self.spec.exchange
+    return self.is_cut(name) and (wanted == 'all_to_all' or (wanted == 'auto' and self.axis.size >= MANY_DEVICES))
 
   def everyones(self, batch: Batch) -> Batch:
     """The ids of all devices' batches."""
     bucket, key, weight = self.axis.gather((batch.bucket, batch.key, batch.weight))
     return batch.replace(bucket=bucket, key=key, weight=weight)
 
-  def here(self, layout: tables.Layout, rows: dict[str, Array]) -> dict[str, Array]:
-    """Rows of whole tables as rows of this device's parts, where other devices' rows are none."""
-
-    def here(name: str) -> Array:
-      if not self.is_cut(name):
-        return rows[name]
-      size = layout[name].rows // self.axis.size
-      row = rows[name] - self.axis.index() * size
-      return jnp.where((row >= 0) & (row < size), row, size)
-
-    return {name: here(name) for name in layout}
+  def here(self, name: str, rows: int, row: Int32[Array, 'B columns']) -> Int32[Array, 'B columns']:
+    """Rows of a whole table, which has so many, as rows of this device's part, where other devices' rows are none."""
+    if not self.is_cut(name):
+      return row
+    size = rows // self.axis.size
+    row -= self.axis.index() * size
+    return jnp.where((row >= 0) & (row < size), row, size)
 
   def mine(self, name: str, values: Array) -> Array:
     """What was read for everyone's lookups in a table, zeros where it was not here, as what this device's came to."""
@@ -123,22 +132,35 @@ class Static:
 
   def lookup(self, tables_: Tables, found: Found) -> Float[Array, 'B F D']:
     """Vectors of this device's examples, columns in natural order; no row reads as zero."""
-    return tables.lookup(self.layout, tables_, found.rows, self.rows, self.mine)
+    return tables.lookup(self.layout, tables_, found.rows, self.read)
+
+  def read(self, name: str, value: Array, where: Any) -> Float[Array, 'B columns D']:
+    """Vectors of this device's lookups in one table."""
+    read = lambda row: bits.widen(self.rows.read(value, row))
+    if isinstance(where, exchange.Route):
+      return exchange.lookup(self.axis, where, *value.shape, read)
+    return self.mine(name, read(where))
 
   def update(self, tables_: Tables, found: Found, gradient: Float[Array, 'B F D'], step: Int32[Array, '']) -> Tables:
     """The tables after the gradients of what was looked up."""
-    return self.updated(self.layout, tables_, found, self.axis.gather(gradient), step)
+    return self.updated(self.layout, tables_, found, gradient, step)
 
   def updated(
     self, layout: tables.Layout, tables_: Tables, found: Found, gradient: Float[Array, 'B F D'], step: Array
   ) -> Tables:
-    """The tables of a layout after everyone's gradients."""
+    """The tables of a layout."""
+    everyones = self.axis.gather(gradient)
 
-    def update(name: str, table: Table, row: Array, grad: Array) -> Table:
-      first = self.axis.index() * table.value.shape[0] if self.is_cut(name) else 0
-      return self.update_table(table, row, grad, step=step, first=first)
+    def update(name: str, table: Table, of: Callable[[Array], Array]) -> Table:
+      size, dim = table.value.shape
+      first = self.axis.index() * size if self.is_cut(name) else 0
+      apply = lambda row, grad: self.update_table(table, row, grad, step=step, first=first)
+      where = found.rows[name]
+      if isinstance(where, exchange.Route):
+        return exchange.update(self.axis, where, size, of(gradient), apply)
+      return apply(where.reshape(-1), of(everyones).reshape(-1, dim))
 
-    return tables.update(layout, update, tables_, found.rows, gradient)
+    return tables.update(layout, update, tables_)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +194,10 @@ class Dynamic(Static):
     widths = make_widths(directory, width.blocks) if width.name == 'dynamic' else ()
     counts = no_counts(len(self.layout[name].columns))
     return Vocabulary(directory=directory, filter=self.admission.init(devices), widths=widths, counts=counts)
+
+  def is_routed(self, name: str) -> bool:
+    """See `Static.is_routed`: an id's row is known only where it is."""
+    return False
 
   def shard(self, name: str) -> Shard:
     """Which part of a directory this device has."""
@@ -255,27 +281,29 @@ class Adaptive(Dynamic):
       own = rows[name] < rows_of(known[name].directory)
       if self.is_cut(name):
         own = self.axis.sum(own.astype(jnp.int32)) > 0
-      shared[shared_name(name)] = shared_rows(own, table.resolve(batch.bucket, batch.weight), table.rows)
-    return found._replace(rows=rows | self.here(self.shared, shared))
+      row = shared_rows(own, table.resolve(batch.bucket, batch.weight), table.rows)
+      shared[shared_name(name)] = self.here(shared_name(name), table.rows, row)
+    return found._replace(rows=rows | shared)
 
   def initial(self, name: str, tables_: Tables, ids: Ids, batch: Batch) -> Callable[[Array], Array]:
     """See `Dynamic.initial`."""
-    shared, hash_row = shared_name(name), self.layout[name].resolve(batch.bucket, batch.weight)
+    shared, table = shared_name(name), self.layout[name]
+    hash_row = table.resolve(batch.bucket, batch.weight)
     if not self.is_cut(shared):
       return initial_from(tables_[shared].value, hash_row.reshape(-1), self.rows)
     # They may be on any device, and each will need those of its own new ids.
-    row = self.here(self.shared, {shared: hash_row})[shared].reshape(-1)
+    row = self.here(shared, table.rows, hash_row).reshape(-1)
     vectors = self.axis.sum(bits.widen(self.rows.read(tables_[shared].value, row)))
     return lambda lane: vectors.at[lane].get(mode='fill', fill_value=0)
 
   def lookup(self, tables_: Tables, found: Found) -> Float[Array, 'B 26 D']:
     """See `Static.lookup`."""
-    return super().lookup(tables_, found) + tables.lookup(self.shared, tables_, found.rows, self.rows, self.mine)
+    return super().lookup(tables_, found) + tables.lookup(self.shared, tables_, found.rows, self.read)
 
   def update(self, tables_: Tables, found: Found, gradient: Float[Array, 'B 26 D'], step: Int32[Array, '']) -> Tables:
     """See `Static.update`."""
     own = super().update(tables_, found, gradient, step)
-    return own | self.updated(self.shared, tables_, found, self.axis.gather(gradient), step)
+    return own | self.updated(self.shared, tables_, found, gradient, step)
 
 
 def shared_name(name: str) -> str:

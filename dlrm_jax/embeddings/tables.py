@@ -1,6 +1,8 @@
 """The tables of a model: first values, lookup of a batch, update by its gradients."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,6 @@ from jaxtyping import Float, UInt32
 from dlrm_jax.embeddings.directory import Ids
 from dlrm_jax.embeddings.dynamic import initial_vectors
 from dlrm_jax.embeddings.layout import TableLayout
-from dlrm_jax.native.rows import XLA, RowKernels
 from dlrm_jax.optim import bits
 from dlrm_jax.optim.rowwise import init_slots
 from dlrm_jax.sharding import ALONE, Axis
@@ -58,16 +59,14 @@ def resolve(layout: Layout, bucket: UInt32[Array, 'B F'], weight: Float[Array, '
 def lookup(
   layout: Layout,
   tables: dict[str, Table],
-  rows: dict[str, Array],
-  kernels: RowKernels = XLA,
-  collect: Callable[[str, Array], Array] = lambda name, vectors: vectors,
+  rows: dict[str, Any],
+  read: Callable[[str, Array, Any], Array],
 ) -> Float[Array, 'B F D']:
-  """Vectors of a batch, columns in natural order C1, C2, ...; no row reads as zero.
+  """Vectors of a batch, columns in natural order C1, C2, ...
 
-  `collect` makes what was read in a table into the vectors of this device's examples.
+  `read` gives those [B, columns, D] of the lookups in one table: from its name, its value, and what `rows` has for it.
   """
-  read = lambda name: bits.widen(kernels.read(tables[name].value, rows[name]))
-  return in_order(layout, {name: collect(name, read(name)) for name in layout})
+  return in_order(layout, {name: read(name, tables[name].value, rows[name]) for name in layout})
 
 
 def in_order(layout: Layout, parts: dict[str, Array]) -> Array:
@@ -81,21 +80,18 @@ def in_order(layout: Layout, parts: dict[str, Array]) -> Array:
 
 def update(
   layout: Layout,
-  step: Callable[[str, Table, Array, Array], Table],
+  step: Callable[[str, Table, Callable[[Array], Array]], Table],
   tables: dict[str, Table],
-  rows: dict[str, Array],
-  gradient: Float[Array, 'B F D'],
 ) -> dict[str, Table]:
-  """The tables after `step(name, table, row[N], gradient[N, D])` saw the gradients of what was looked up in each."""
+  """The tables after `step(name, table, of)`; `of` takes a table's part [B, columns, D] of gradients [B, F, D]."""
   return {
-    name: step(
-      name, tables[name], rows[name].reshape(-1), _of_columns(gradient, table.columns).reshape(-1, gradient.shape[-1])
-    )
+    name: step(name, tables[name], functools.partial(of_columns, columns=table.columns))
     for name, table in layout.items()
   }
 
 
-def _of_columns(gradient: Array, columns: tuple[int, ...]) -> Array:
+def of_columns(gradient: Array, columns: tuple[int, ...]) -> Array:
+  """What is [B, F, ...] for all columns, for some."""
   if columns == tuple(range(gradient.shape[1])):
     return gradient  # XLA would copy it
   return gradient[:, jnp.array(columns)]
