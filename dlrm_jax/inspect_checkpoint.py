@@ -41,7 +41,7 @@ def inspect(contents: Contents, chosen: set[int], top: int, export: Export | Non
     'static': {},
   }
   for name, layout in contents.layout.items():
-    columns = [column for column in layout.columns if column in chosen]
+    columns = [column for column in layout.columns if column % len(CATEGORIES) in chosen]
     if not columns:
       continue
     known = contents.known(name) if contents.knows_ids(name) else None
@@ -53,7 +53,7 @@ def inspect(contents: Contents, chosen: set[int], top: int, export: Export | Non
         of_part['bytes'] = of_part['ids'] * table['bytes_per_row'] + (of_part['waiting'] or 0) * BYTES_PER_ROW
       else:
         of_part = {'rows': len(part.row), 'norm': summary(norm) | {'mean': mean(norm)}, 'table': name}
-      report['variables' if known else 'static'][CATEGORIES[part.column]] = of_part
+      report['variables' if known else 'static'][contents.name_of(part.column)] = of_part
       if export:
         export.write(part)
   return report
@@ -76,7 +76,7 @@ def table_of(contents: Contents, name: str, known: Known | None) -> Report:
   leaves = jax.tree_util.tree_leaves_with_path(table['slots'])
   report = {
     'kind': 'variables' if known else 'static',
-    'columns': [CATEGORIES[column] for column in contents.layout[name].columns],
+    'columns': [contents.name_of(column) for column in contents.layout[name].columns],
     'rows': rows,
     'dim': dim,
     'dtype': dtype_of(table['value']),

@@ -171,7 +171,7 @@ def rows_of_column(state, spec, column, name):
   if spec.embedding.shard_mb == 0:
     block, inside = np.divmod(rows, 64)
     turn, part = np.divmod(block, 960)
-    rows = (part * (len(value) // 64 // 960) + turn) * 64 + inside
+    rows = (part * 593 % 960 * (len(value) // 64 // 960) + turn) * 64 + inside
   return value[rows]
 
 

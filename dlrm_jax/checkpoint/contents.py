@@ -15,9 +15,11 @@ from etils import epath
 from configs import base
 from dlrm_jax import spec as specs
 from dlrm_jax.checkpoint.full import CheckpointError, first_line
+from dlrm_jax.data.schema import CATEGORIES
 from dlrm_jax.embeddings import directory as directories
 from dlrm_jax.embeddings.kinds import shared_name
 from dlrm_jax.embeddings.layout import TableLayout, static_layout
+from dlrm_jax.embeddings.multi_hash import parts_of
 from dlrm_jax.structs import Directory
 
 ROWS = 1 << 16  # whose vectors are looked at at once: bounds the memory beside a table
@@ -77,9 +79,21 @@ class Contents:
   step: int
 
   @property
+  def embedding(self) -> specs.EmbeddingSpec:
+    """Of the tables as they are saved: those of multi-hash hold the parts of vectors."""
+    embedding = self.spec.embedding
+    return parts_of(embedding) if embedding.kind == 'multi_hash' else embedding
+
+  def name_of(self, column: int) -> str:
+    """C1..C26, and of multi-hash tables which part."""
+    part, place = divmod(column, len(CATEGORIES))
+    parts = ('remainder', 'quotient') if self.spec.embedding.kind == 'multi_hash' else ('',)
+    return f'{CATEGORIES[place]} {parts[part]}'.rstrip()
+
+  @property
   def layout(self) -> dict[str, TableLayout]:
     """The columns of each table, in the order of their first columns."""
-    own = static_layout(self.spec.embedding)
+    own = static_layout(self.embedding)
     tables = own | {shared_name(name): table for name, table in own.items()}
     return {name: table for name, table in tables.items() if name in self.shapes['tables']}
 

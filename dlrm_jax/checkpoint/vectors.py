@@ -8,7 +8,6 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from dlrm_jax.checkpoint.contents import Contents, Part
-from dlrm_jax.data.schema import CATEGORIES
 
 OF_IDS = {'feature': pa.string(), 'key': pa.uint64(), 'frequency': pa.uint32(), 'version': pa.int32()}
 OF_BUCKETS = {'column': pa.string(), 'row': pa.int64()}
@@ -22,7 +21,7 @@ class Export:
   """
 
   def __init__(self, path: Path, contents: Contents) -> None:
-    self._dim = contents.spec.embedding.dim
+    self._dim, self._name_of = contents.embedding.dim, contents.name_of
     shared = path.with_name(f'{path.stem}.shared{path.suffix}') if contents.shapes.get('known') else path
     self._paths = {True: path, False: shared}  # by whether they are rows of ids
     self._writers: dict[bool, parquet.ParquetWriter] = {}
@@ -50,7 +49,7 @@ class Export:
     buckets = np.arange(len(part.row))
     fields = (part.ids.key, part.ids.frequency, part.ids.version) if of_ids else (buckets,)
     for some, vectors in part.vectors():
-      name = pa.array([CATEGORIES[part.column]] * len(vectors))
+      name = pa.array([self._name_of(part.column)] * len(vectors))
       flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))
       arrays = [name, *(pa.array(field[some]) for field in fields), pa.FixedSizeListArray.from_arrays(flat, self._dim)]
       self._writers[of_ids].write_batch(pa.record_batch(arrays, schema=schema))

@@ -50,8 +50,14 @@ def split_of(buckets: int, spec: EmbeddingSpec) -> Split:
   return Split(buckets, 1 if options.operation == 'concat' else buckets)
 
 
-def parts_of(spec: EmbeddingSpec, splits: tuple[Split, ...]) -> EmbeddingSpec:
+def splits_of(spec: EmbeddingSpec) -> tuple[Split, ...]:
+  """Those of C1..C26."""
+  return tuple(split_of(buckets, spec) for buckets in spec.buckets)
+
+
+def parts_of(spec: EmbeddingSpec) -> EmbeddingSpec:
   """The static tables whose rows are the parts of vectors: 52 columns, of half the width where they are joined."""
+  splits = splits_of(spec)
   quotients = (-(-buckets // split.divisor) for buckets, split in zip(spec.buckets, splits, strict=True))
   dim = spec.dim // 2 if spec.multi_hash.operation == 'concat' else spec.dim
   return dataclasses.replace(spec, dim=dim, buckets=(*(split.modulus for split in splits), *quotients))
@@ -89,6 +95,5 @@ class MultiHash(Static):
 
 def multi_hash(spec: EmbeddingSpec, _: Any, *others: Any) -> MultiHash:
   """The tables of a spec; the layout is their own. `others` are as for `Static`."""
-  splits = tuple(split_of(buckets, spec) for buckets in spec.buckets)
-  parts = parts_of(spec, splits)
-  return MultiHash(parts, static_layout(parts), *others, splits)
+  parts = parts_of(spec)
+  return MultiHash(parts, static_layout(parts), *others, splits_of(spec))

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from configs import base, multi_hash
+from dlrm_jax import inspect_checkpoint, train
 from dlrm_jax import spec as specs
-from dlrm_jax import train
 from dlrm_jax.checkpoint.full import CheckpointError
 from dlrm_jax.embeddings.multi_hash import OPERATIONS, split_of
 from dlrm_jax.optim import bits
@@ -345,6 +346,28 @@ def test_a_checkpoint_of_another_split_is_one_clear_line(criteo, tmp_path, capsy
       train.run(small_spec(criteo, tmp_path, **fields | {f'embedding__multi_hash__{name}': value}))
   with pytest.raises(CheckpointError, match=r'config\.embedding\.kind is multi_hash there and static here'):
     train.run(small_spec(criteo, tmp_path, **fields | {'embedding__kind': 'static'}))
+
+
+@pytest.mark.parametrize('fusion', [True, False])
+def test_the_inspector_tells_of_both_parts(criteo, tmp_path, capsys, fusion):
+  fields = FIELDS | {'embedding__multi_hash__operation': 'concat', 'embedding__fusion': fusion, 'no_eval': True}
+  trained(capsys, small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), steps=1, **fields))
+  values = [table['value'] for _, table in sorted(state_of(tmp_path / 'a', 1)['tables'].items(), key=place_of)]
+  path = tmp_path / 'rows.parquet'
+  assert inspect_checkpoint.main([str(tmp_path / 'a'), '--json', '--parquet', str(path)]) == 0
+  found = json.loads(capsys.readouterr().out)['static']
+  rows = {f'C{c + 1} {part}': number for part, number in (('remainder', 8), ('quotient', 7)) for c in range(26)}
+  assert {name: of['rows'] for name, of in found.items()} == rows
+  table = parquet.read_table(path)
+  assert table['column'].to_pylist() == [name for name, number in rows.items() for _ in range(number)]
+  np.testing.assert_array_equal(np.array(table['vector'].to_pylist(), np.float32), np.concatenate(values))
+  assert inspect_checkpoint.main([str(tmp_path / 'a'), '--json', '--feature', 'C3']) == 0
+  assert list(json.loads(capsys.readouterr().out)['static']) == ['C3 remainder', 'C3 quotient']
+
+
+def place_of(table):
+  name = table[0]
+  return 0 if name == 'fused' else int(name[1:])
 
 
 def test_static_tables_do_not_ask_for_the_split_of_others(criteo, tmp_path, capsys):
