@@ -194,6 +194,13 @@ def stream(tmp_path_factory):
   return folder
 
 
+@pytest.fixture(autouse=True)
+def forget_programs():
+  """Rows compile programs of their own; all of them together would take gigabytes."""
+  yield
+  jax.clear_caches()
+
+
 def parameters():
   few = quick(ROWS_OF_MATRIX)
   marks = lambda row: () if row in few else pytest.mark.slow
