@@ -1,0 +1,182 @@
+"""Runs of several real processes: the numbers of one process, the same rows, checkpoints for any number of them."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from dlrm_jax.checkpoint.full import Checkpoints
+from dlrm_jax.embeddings import directory as directories
+from dlrm_jax.program import make_program
+from tests.helpers import SMALL, devices, execute, result, small_spec
+
+CUT = {'embedding.shard_mb': 0.0, 'data.shuffle_rows': 0, 'log_every': 1}
+KINDS = {
+  'static': {'model.shard_kb': 0.4},
+  'dynamic': {
+    'embedding.kind': 'dynamic', 'embedding.rows': 4 * 512, 'embedding.admission.name': 'counter',
+    'embedding.admission.threshold': 2, 'embedding.admission.expected_ids': 4 * 512,
+  },
+}  # fmt: skip
+
+
+def launched(data, folder, processes, *launcher, **fields):
+  """The command line of a small run of so many processes in `folder`."""
+  fields = SMALL | CUT | {'data_location': data, 'checkpoint': folder} | {
+    name.replace('__', '.'): value for name, value in fields.items()
+  }  # fmt: skip
+  flags = [f'--config.{name}={value}' for name, value in fields.items()]
+  start = [sys.executable, '-m', 'dlrm_jax.launch', '--processes', str(processes), *launcher]
+  return [*start, '--', '--config=configs/base.py', *flags]
+
+
+def losses(folder):
+  """The loss of each step."""
+  records = map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())
+  return {record['step']: record['loss'] for record in records if record['kind'] == 'train'}
+
+
+def restored(folder, axis=None, **fields):
+  """The newest state and position of a run."""
+  fields = CUT | {name.replace('__', '.'): value for name, value in fields.items()}
+  program = make_program(small_spec('data', 'result', **fields), axis or devices(1))
+  with Checkpoints(folder / 'checkpoints', 1) as checkpoints:
+    found = checkpoints.restore(program)
+  return jax.device_get(arrays(found.state)), found.position
+
+
+def ids_of(directory):
+  """{id: (frequency, last step)}."""
+  (key, feature), frequency, version = jax.device_get(directories.entries(directory))
+  return {
+    (*key[row].tolist(), int(feature[row])): (int(frequency[row]), int(version[row]))
+    for row in np.flatnonzero(frequency)
+  }
+
+
+def arrays(state):
+  """What counts of a state."""
+  return state.replace(tables={name: table.replace(scratch=0) for name, table in state.tables.items()})
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_two_processes_do_what_one_does_and_their_checkpoint_serves_any_number(criteo, tmp_path, repository, kind):
+  printed = {}
+  for processes in (1, 2):
+    code, out, err = execute(launched(criteo, tmp_path / str(processes), processes, **KINDS[kind]), repository)
+    assert code == 0, err
+    printed[processes] = result(out)
+  one, two = (list(losses(tmp_path / str(processes)).values()) for processes in (1, 2))
+  assert len(one) == len(two) == 19
+  np.testing.assert_allclose(two[0], one[0], rtol=1e-6)
+  np.testing.assert_allclose(two, one, rtol=1e-3)
+  assert printed[2]['auc'] == pytest.approx(printed[1]['auc'], abs=0.005)
+
+  state, position = restored(tmp_path / '2', **KINDS[kind])
+  on_four, _ = restored(tmp_path / '2', devices(4), **KINDS[kind])
+  jax.tree.map(np.testing.assert_array_equal, state, on_four)
+  assert position == restored(tmp_path / '1', **KINDS[kind])[1]
+  alone, _ = restored(tmp_path / '1', **KINDS[kind])
+  # In another order in their buckets, since the processes' examples stand one after another.
+  for directory in ('directory', 'filter') if state.known else ():
+    one, other = (ids_of(getattr(each.known['fused'], directory)) for each in (state, alone))
+    assert one == other
+
+  # The same checkpoint, evaluated by other numbers of processes.
+  for processes in (1, 3):
+    code, out, err = execute(launched(criteo, tmp_path / '2', processes, **KINDS[kind]), repository)
+    assert code == 0, err
+    assert 'nothing to train' in err
+    assert result(out)['auc'] == pytest.approx(printed[2]['auc'], abs=1e-12)
+    assert result(out)['log_loss'] == pytest.approx(printed[2]['log_loss'], abs=1e-9)
+
+
+def test_another_number_of_processes_goes_on_at_the_right_row(criteo, tmp_path, repository):
+  folder, whole = tmp_path / 'parts', tmp_path / 'whole'
+  assert execute(launched(criteo, whole, 1, epochs=2), repository)[0] == 0
+  for processes, steps in ((2, 7), (1, 15), (3, 24), (2, 0)):
+    code, _, err = execute(launched(criteo, folder, processes, epochs=2, steps=steps, no_eval=True), repository)
+    assert code == 0, err
+  parts, expected = losses(folder), losses(whole)
+  assert list(parts) == list(expected) == list(range(1, 39))
+  np.testing.assert_allclose(list(parts.values()), list(expected.values()), rtol=2e-3)
+  assert restored(folder)[1] == restored(whole)[1]
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_the_work_queue_of_several_processes_brings_every_row(criteo, tmp_path, repository, processes):
+  code, out, err = execute(
+    launched(criteo, tmp_path / 'run', processes, data__workqueue=True, data__slice_rows=50, epochs=2), repository
+  )
+  assert code == 0, err
+  state, position = restored(tmp_path / 'run')
+  assert (position['epoch'], position['position']) == (2, 0)
+  assert result(out)['step'] == int(state.step) >= 38
+  assert result(out)['auc'] > 0.7
+
+
+def test_a_signal_to_the_launcher_stops_all_with_a_checkpoint_to_the_same_bits(criteo, tmp_path, repository):
+  whole, folder = tmp_path / 'whole', tmp_path / 'parts'
+  assert execute(launched(criteo, whole, 2, epochs=20), repository)[0] == 0
+  process = subprocess.Popen(
+    launched(criteo, folder, 2, epochs=20), cwd=repository, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+  )
+  wait_for(lambda: (folder / 'metrics.jsonl').exists() and len(losses_so_far(folder)) > 5, process)
+  process.send_signal(signal.SIGTERM)
+  assert process.wait(timeout=120) == 128 + signal.SIGTERM
+  assert 5 < restored(folder)[0].step < 380
+  assert execute(launched(criteo, folder, 2, epochs=20), repository)[0] == 0
+  jax.tree.map(np.testing.assert_array_equal, restored(folder)[0], restored(whole)[0])
+  assert losses(folder) == losses(whole)
+
+
+def losses_so_far(folder):
+  return [line for line in (folder / 'metrics.jsonl').read_text().splitlines() if line.endswith('}')]
+
+
+def wait_for(condition, process, seconds=180):
+  end = time.monotonic() + seconds
+  while not condition():
+    assert process.poll() is None, 'ended before its time'
+    assert time.monotonic() < end, 'took too long'
+    time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_lose_and_repeat_nothing(criteo, tmp_path, repository):
+  """Twenty kill -9 of any process, also of process 0, by a timer; the launcher starts all again from the checkpoint."""
+  fields = {'epochs': 60, 'save_steps': 20, 'eval_every': 0}
+  whole, folder = tmp_path / 'whole', tmp_path / 'killed'
+  assert execute(launched(criteo, whole, 2, **fields), repository)[0] == 0
+  rng, kills = random.Random(0), 0
+  process = subprocess.Popen(
+    launched(criteo, folder, 2, '--max-restarts', '40', **fields), cwd=repository, stdout=subprocess.PIPE,
+    stderr=subprocess.DEVNULL, text=True,
+  )  # fmt: skip
+  while kills < 20 and process.poll() is None:
+    time.sleep(rng.uniform(4, 16))
+    running = children(process.pid)
+    if running:
+      os.kill(rng.choice(running), signal.SIGKILL)
+      kills += 1
+  out, _ = process.communicate(timeout=900)
+  assert process.returncode == 0
+  assert kills >= 10, 'the run was too short to be killed often'
+  assert result(out)['step'] == 60 * 19
+  jax.tree.map(np.testing.assert_array_equal, restored(folder)[0], restored(whole)[0])
+  assert restored(folder)[1] == restored(whole)[1]
+  assert losses(folder) == losses(whole)
+
+
+def children(parent):
+  """Processes of this program that another one started."""
+  search = ['pgrep', '-P', str(parent), '-f', 'dlrm_jax.main']
+  listed = subprocess.run(search, capture_output=True, text=True, check=False)
+  return [int(number) for number in listed.stdout.split()]
