@@ -23,7 +23,7 @@ from dlrm_jax.data.synthetic_csv import format_rows
 from experiments import common
 
 DRIFTING, COLUMNS = (2, 3, 11, 15, 20), 26
-SLOTS, STEADY = 8_000, 200  # ids that live at once: of a drifting column, of another
+SLOTS, STEADY = 4_000, 200  # ids that live at once: of a drifting column, of another
 FLATTEN = 20  # the n-th of a column's ids is as frequent as 1 / (n + FLATTEN)
 POLL_SECONDS = 0.05
 EVICTIONS = ('never', 'global_step', 'l2')

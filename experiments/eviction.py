@@ -2,8 +2,8 @@
 
 One epoch of embedding variables from the CSV, then the whole evaluation: without eviction, with eviction of the ids
 that were not seen for so many steps, and of those whose vectors are shorter than that, every tenth of the epoch. Beside
-AUC and log loss: ids that got a row, ids that lost it (one that returns counts again), ids at the end. What the steps
-to live mean depends on batch size and length of the run, so they are told as a share of the epoch, too.
+AUC and log loss: ids that got a row, ids that lost it (one that returns counts again), ids at the end. What steps to
+live mean depends on batch size and length of the run, so they are told as a share of the epoch, too.
 
 With --small a network of (64, 16) and (64) units, a few times as fast; what it says of thresholds is of the same kind.
 """
