@@ -25,9 +25,7 @@ def test_equals_plain_python_column_by_column(columns, examples, shards):
   resolve = jax.jit(admit.resolve, static_argnums=5)
   count = jax.jit(lambda *lanes: counted(columns, *lanes))
   own = [(make_directory(pages // shards * 16, 2, 8), admit.init()) for _ in range(shards)]
-  expected = reference.Variables(
-    reference.Ids(pages, 8, 2), reference.Counter(2, pages, 8, 2), lambda id: np.zeros(1), 0, 0
-  )
+  expected = reference.Variables(reference.Ids(pages, 8, 2), reference.Counter(2, pages, 8, 2))
   totals = collections.Counter()
   for step in range(STEPS):
     real = rng.random(examples) < 0.9  # the others are padding
@@ -48,7 +46,7 @@ def test_equals_plain_python_column_by_column(columns, examples, shards):
       assert counts.evicted.tolist() == [0] * len(columns)
       for part in PARTS:
         found[part] += np.asarray(getattr(counts, part))
-    _, fresh, refused, unplaced, _ = expected.lookup(ids, step)
+    _, fresh, refused, unplaced = expected.lookup(ids, step)
     lookups = np.flatnonzero(wanted)
     for part, lanes in zip(PARTS, (lookups, fresh, refused, unplaced), strict=True):
       python = collections.Counter(ids[lane][2] for lane in lanes)
