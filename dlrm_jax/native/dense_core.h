@@ -66,8 +66,17 @@ inline void AddTo(float* out, const float* in, int64_t n) {
   for (int64_t i = 0; i < n; ++i) out[i] += in[i];
 }
 
-typedef float Vector __attribute__((vector_size(64)));  // the compiler cuts it up where registers are smaller
-typedef float VectorAt __attribute__((vector_size(64), aligned(4), may_alias));  // in memory, anywhere
+// Numbers of a register. Not more: GCC cuts wider vectors up through memory, which made AVX2 a fifth as fast as it is.
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#else
+constexpr int kWidth = 8;
+#endif
+constexpr int kVectors = 64 / kWidth;  // of a row
+typedef float Vector __attribute__((vector_size(4 * kWidth)));
+typedef float VectorAt __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));  // in memory, anywhere
+
+typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
 
 inline Vector LoadVector(const void* in) { return *static_cast<const VectorAt*>(in); }
 inline void StoreVector(Vector v, void* out) { *static_cast<VectorAt*>(out) = v; }
@@ -76,7 +85,8 @@ inline void StoreVector(Vector v, void* out) { *static_cast<VectorAt*>(out) = v;
 inline void SumRows(const float* rows, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i, rows += 16) {
     Vector v = LoadVector(rows);
-    for (int half = 8; half; half /= 2) {
+    if constexpr (kWidth < 16) v += LoadVector(rows + 8);
+    for (int half = kWidth / 2; half; half /= 2) {
       for (int j = 0; j < half; ++j) v[j] += v[j + half];
     }
     out[i] = v[0];
@@ -84,20 +94,19 @@ inline void SumRows(const float* rows, int64_t n, float* out) {
 }
 
 inline void LoadRow(const float* in, Vector* out) {
-  for (int i = 0; i < 4; ++i) out[i] = LoadVector(in + 16 * i);
+  for (int i = 0; i < kVectors; ++i) out[i] = LoadVector(in + kWidth * i);
 }
 inline void LoadRow(const BFloat16* in, Vector* out) {
-  typedef uint16_t Halves __attribute__((vector_size(32)));
-  typedef uint32_t Words __attribute__((vector_size(64)));
-  for (int i = 0; i < 4; ++i) {
+  typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
+  for (int i = 0; i < kVectors; ++i) {
     Halves half;
-    std::memcpy(&half, in + 16 * i, sizeof half);
+    std::memcpy(&half, in + kWidth * i, sizeof half);
     out[i] = (Vector)(__builtin_convertvector(half, Words) << 16);
   }
 }
 
 inline void StoreRow(const Vector* in, float* out) {
-  for (int i = 0; i < 4; ++i) StoreVector(in[i], out + 16 * i);
+  for (int i = 0; i < kVectors; ++i) StoreVector(in[i], out + kWidth * i);
 }
 inline void StoreRow(const Vector* in, BFloat16* out) {
 #if defined(__AVX512BF16__)
@@ -106,13 +115,19 @@ inline void StoreRow(const Vector* in, BFloat16* out) {
     std::memcpy(out + 16 * i, &both, sizeof both);
   }
 #else
-  for (int i = 0; i < 64; ++i) out[i] = Round<BFloat16>(in[i / 16][i % 16]);
+  typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
+  for (int i = 0; i < kVectors; ++i) {
+    const Words bits = (Words)in[i];
+    const Words rounded = in[i] != in[i] ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const Halves half = __builtin_convertvector(rounded, Halves);
+    std::memcpy(out + kWidth * i, &half, sizeof half);
+  }
 #endif
 }
 
 template <typename In, typename Out>
 inline void ConvertRow(const In* in, Out* out) {
-  Vector x[4];
+  Vector x[kVectors];
   LoadRow(in, x);
   StoreRow(x, out);
 }
@@ -129,12 +144,12 @@ void RoundRow(const float* in, int64_t n, T* out, int64_t size) {
 // y <- max(0, row + bias), NaN stays NaN, and to sum[16] and square[16] what makes up those of weight * y, weight * y^2.
 template <typename T, bool WithMoments>
 inline void Activate(const float* row, float bias, const float* weight, T* y, float* sum, float* square) {
-  Vector x[4], s = {}, q = {};
-  for (int i = 0; i < 4; ++i) {
-    x[i] = LoadVector(row + 16 * i) + bias;
+  Vector x[kVectors], s = {}, q = {};
+  for (int i = 0; i < kVectors; ++i) {
+    x[i] = LoadVector(row + kWidth * i) + bias;
     x[i] = x[i] < 0 ? Vector{} : x[i];
     if constexpr (WithMoments) {
-      const Vector wx = LoadVector(weight + 16 * i) * x[i];
+      const Vector wx = LoadVector(weight + kWidth * i) * x[i];
       s += wx;
       q += wx * x[i];
     }
@@ -150,11 +165,11 @@ inline void Activate(const float* row, float bias, const float* weight, T* y, fl
 // sum[16] what makes up the sum of g before it is rounded.
 template <typename T, bool WithMoments>
 inline void ReluGradient(const T* gy, const T* y, const float* weight, float gsum, float gsquare2, T* g, float* sum) {
-  Vector x[4], active[4], total = {};
+  Vector x[kVectors], active[kVectors], total = {};
   LoadRow(gy, x);
   LoadRow(y, active);
-  for (int i = 0; i < 4; ++i) {
-    if constexpr (WithMoments) x[i] += LoadVector(weight + 16 * i) * (gsum + active[i] * gsquare2);
+  for (int i = 0; i < kVectors; ++i) {
+    if constexpr (WithMoments) x[i] += LoadVector(weight + kWidth * i) * (gsum + active[i] * gsquare2);
     x[i] = active[i] > 0 ? x[i] : Vector{};
     total += x[i];
   }
@@ -200,7 +215,7 @@ inline void Transpose16(const Word* in, int64_t ld_in, Word* out, int64_t ld_out
 #if defined(__AVX512F__)
 constexpr int kColumns = 4;
 #else
-constexpr int kColumns = 1;
+constexpr int kColumns = 2;
 #endif
 
 template <typename T>
@@ -218,7 +233,6 @@ inline Vector MultiplyAdd<BFloat16>(Vector c, Word a, Vector b) {
 #if defined(__AVX512BF16__)
   return (Vector)_mm512_dpbf16_ps((__m512)c, (__m512bh)b, (__m512bh)_mm512_set1_epi32(a));
 #else
-  typedef uint32_t Words __attribute__((vector_size(64)));
   const Words pair = (Words)b;
   c += Widen(BFloat16{static_cast<uint16_t>(a)}) * (Vector)(pair << 16);
   return c + Widen(BFloat16{static_cast<uint16_t>(a >> 16)}) * (Vector)(pair & 0xffff0000u);
@@ -228,17 +242,17 @@ inline Vector MultiplyAdd<BFloat16>(Vector c, Word a, Vector b) {
 // `start`: what C holds is added to, else overwritten.
 template <typename T, int Rows>
 void Tile(const Word* a, int64_t lda, const Word* b, int64_t words, float* c, int64_t ldc, bool start) {
-  for (int64_t column = 0; column < 64; column += kColumns * 16) {
+  for (int64_t column = 0; column < 64; column += kColumns * kWidth) {
     Vector sum[Rows][kColumns] = {};
     if (start) {
       for (int r = 0; r < Rows; ++r) {
-        for (int v = 0; v < kColumns; ++v) sum[r][v] = LoadVector(c + r * ldc + column + v * 16);
+        for (int v = 0; v < kColumns; ++v) sum[r][v] = LoadVector(c + r * ldc + column + v * kWidth);
       }
     }
     for (int64_t w = 0; w < words; ++w) {
       Vector right[kColumns];
 #pragma GCC unroll 4
-      for (int v = 0; v < kColumns; ++v) right[v] = LoadVector(b + w * 64 + column + v * 16);
+      for (int v = 0; v < kColumns; ++v) right[v] = LoadVector(b + w * 64 + column + v * kWidth);
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
@@ -248,7 +262,7 @@ void Tile(const Word* a, int64_t lda, const Word* b, int64_t words, float* c, in
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kColumns; ++v) StoreVector(sum[r][v], c + r * ldc + column + v * 16);
+      for (int v = 0; v < kColumns; ++v) StoreVector(sum[r][v], c + r * ldc + column + v * kWidth);
     }
   }
 }
