@@ -94,10 +94,10 @@ def get_config() -> ConfigDict:
   c.embedding.eviction = ConfigDict()  # who loses a row, with its slots; an id that returns starts afresh
   c.embedding.eviction.name = 'never'  # never; global_step: by the last training step; l2: by the length of the vector
   # global_step: those not seen for more steps than this. DeepRec's number; of an epoch of 977 steps, 244 to live left a
-  # third of the ids, at an AUC lower by .0005 (experiments/eviction.py)
+  # third of the ids, at the same AUC within the noise of one seed (experiments/eviction.py)
   c.embedding.eviction.steps_to_live = 4000
   # l2: those with 0.5 * sum(vector^2) below this; a new one has some 0.39. In the same epoch .3 left 78 % of the ids,
-  # at an AUC lower by .0003; DeepRec's 1.0 left 2 %, lower by .017
+  # at the same AUC within noise; DeepRec's 1.0 left 2 %, at an AUC lower by .017
   c.embedding.eviction.l2 = 0.3
   c.embedding.eviction.every = 0  # steps between evictions; 0: save_steps
   c.embedding.width = ConfigDict()  # how much of its vector an id has; the rest reads as zero
