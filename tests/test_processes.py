@@ -122,6 +122,7 @@ def test_the_work_queue_of_several_processes_brings_every_row(criteo, tmp_path, 
   assert result(out)['auc'] > 0.7
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_launcher_stops_all_with_a_checkpoint_to_the_same_bits(criteo, tmp_path, repository):
   whole, folder = tmp_path / 'whole', tmp_path / 'parts'
   assert execute(launched(criteo, whole, 2, epochs=20), repository)[0] == 0

@@ -257,6 +257,7 @@ def run(steps=3, padding=5, **fields):
   return jax.device_get(state), losses
 
 
+@pytest.mark.slow
 def test_one_table_or_52_give_the_same_bits():
   fused, losses = run(operation='mul', optimizer__name='adagraddecay')
   single, single_losses = run(operation='mul', optimizer__name='adagraddecay', embedding__fusion=False)

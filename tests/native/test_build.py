@@ -45,6 +45,7 @@ def test_one_whole_file_is_kept_and_used_again(built, repository):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_half_a_file_is_built_again(built, repository, tmp_path):
   shutil.copytree(built, tmp_path, dirs_exist_ok=True)
   (library,) = (tmp_path / 'dlrm_jax').iterdir()
@@ -57,6 +58,7 @@ def test_half_a_file_is_built_again(built, repository, tmp_path):
 
 
 @needs_compiler
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_is_no_obstacle(repository):
   ready, note = load_in(repository, '/dev/null/cache')
   assert ready
