@@ -6,6 +6,7 @@
   median of five stretches after a warm-up.
 """
 
+import dataclasses
 import itertools
 import os
 import statistics
@@ -128,17 +129,18 @@ def _in_memory(program: Any, opened: Any, state: Any, samples: int) -> tuple[flo
 
 def _from_csv(program: Any, opened: Any, state: Any, samples: int) -> tuple[float, Any]:
   from dlrm_jax import train
+  from dlrm_jax.distributed import Members
 
   position, steps = stretch(opened.train.rows, program.spec.batch_size, samples)
   job = train.Run(
-    program,
+    dataclasses.replace(program, spec=dataclasses.replace(program.spec, steps=steps)),
     opened,
+    Members(),
     checkpoints=None,  # is asked for at a signal only
     records=_NoRecords(),
-    logits=None,
+    predict=None,
     state=state,
     step=0,
-    last_step=steps,
     position=position,
   )
   train.train(job)
