@@ -95,7 +95,8 @@ def test_two_processes_do_what_one_does_and_their_checkpoint_serves_any_number(c
     assert code == 0, err
     assert 'nothing to train' in err
     assert result(out)['auc'] == pytest.approx(printed[2]['auc'], abs=1e-12)
-    assert result(out)['log_loss'] == pytest.approx(printed[2]['log_loss'], abs=1e-9)
+    # XLA rounds some logits in their last bit otherwise where a step is for several devices.
+    assert result(out)['log_loss'] == pytest.approx(printed[2]['log_loss'], abs=1e-7)
 
 
 def test_another_number_of_processes_goes_on_at_the_right_row(criteo, tmp_path, repository):
