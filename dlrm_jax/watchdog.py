@@ -27,6 +27,7 @@ class Watchdog:
     self._thread = threading.Thread(target=self._watch, name='watchdog', daemon=True)
 
   def __enter__(self) -> 'Watchdog':
+    self._touch()  # also of a run that ends before the first look
     self._thread.start()
     return self
 
