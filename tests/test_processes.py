@@ -66,7 +66,7 @@ def arrays(state):
   return state.replace(tables={name: table.replace(scratch=0) for name, table in state.tables.items()})
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', [pytest.param('static', marks=pytest.mark.slow), 'dynamic'])
 def test_two_processes_do_what_one_does_and_their_checkpoint_serves_any_number(criteo, tmp_path, repository, kind):
   printed = {}
   for processes in (1, 2):
@@ -99,6 +99,7 @@ def test_two_processes_do_what_one_does_and_their_checkpoint_serves_any_number(c
     assert result(out)['log_loss'] == pytest.approx(printed[2]['log_loss'], abs=1e-7)
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on_at_the_right_row(criteo, tmp_path, repository):
   folder, whole = tmp_path / 'parts', tmp_path / 'whole'
   assert execute(launched(criteo, whole, 1, epochs=2), repository)[0] == 0
@@ -111,7 +112,7 @@ def test_another_number_of_processes_goes_on_at_the_right_row(criteo, tmp_path, 
   assert restored(folder)[1] == restored(whole)[1]
 
 
-@pytest.mark.parametrize('processes', [1, 2])
+@pytest.mark.parametrize('processes', [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_work_queue_of_several_processes_brings_every_row(criteo, tmp_path, repository, processes):
   code, out, err = execute(
     launched(criteo, tmp_path / 'run', processes, data__workqueue=True, data__slice_rows=50, epochs=2), repository

@@ -67,7 +67,16 @@ def trained(case, number):
   return losses, jax.device_get(state), logit[weight > 0]
 
 
-@pytest.mark.parametrize(('case', 'number'), [*((case, 4) for case in CASES), ('counter', 2)])
+QUICK = ('static', 'network', 'all to all', 'counter', 'adaptive')
+
+
+@pytest.mark.parametrize(
+  ('case', 'number'),
+  [
+    *(pytest.param(case, 4, marks=() if case in QUICK else pytest.mark.slow) for case in CASES),
+    pytest.param('counter', 2, marks=pytest.mark.slow),
+  ],
+)
 def test_training_does_not_depend_on_the_number_of_devices(case, number):
   losses, state, logit = trained(case, 1)
   other_losses, other, other_logit = trained(case, number)
@@ -94,7 +103,10 @@ def lookup_and_update(program, state, batch, gradient):
 @pytest.mark.parametrize(
   ('case', 'optimizer'),
   [
-    *(('static', name) for name in ('adam', 'adagraddecay', 'adagrad', 'gradientdescent')),
+    *(
+      pytest.param('static', name, marks=pytest.mark.slow)
+      for name in ('adam', 'adagraddecay', 'adagrad', 'gradientdescent')
+    ),
     *((case, 'adamasync') for case in ('static', 'bfloat16', 'dynamic', 'adaptive')),
   ],
 )

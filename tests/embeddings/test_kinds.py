@@ -235,7 +235,10 @@ needs_compiler = pytest.mark.skipif(not build.load().ready, reason=build.load().
 @pytest.mark.parametrize(
   'form', [pytest.param('native', marks=needs_compiler), pytest.param('xla', marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize('name', RUNS)
+@pytest.mark.parametrize('name', [
+  pytest.param(name, marks=() if name in ('dynamic_counter_old_width', 'adaptive_bloom_old') else pytest.mark.slow)
+  for name in RUNS
+])  # fmt: skip
 def test_equals_plain_python(name, form, number):
   seen = dict.fromkeys(('steps', 'admitted', 'refused', 'unplaced', 'evicted', 'grown'), 0)
 

@@ -301,6 +301,7 @@ def test_first_vectors_spread_about_as_those_of_static_tables(operation):
     assert len(np.unique(vectors[:, column].round(5), axis=0)) == 4000
 
 
+@pytest.mark.slow
 def test_a_step_takes_over_the_tables_and_needs_no_memory_of_their_size():
   fields = {'embedding__buckets': (40_000,), 'embedding__multi_hash__remainder_rows': 4}
   program = make_program(spec_of('mul', **fields))
@@ -331,6 +332,7 @@ def test_the_command_line_trains_and_evaluates(criteo, tmp_path, repository):
   assert f'1 table(s), {26 * (8 + 7)} rows' in err
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_gives_the_bits_of_an_unstopped_run(criteo, tmp_path, capsys):
   fields = FIELDS | {'no_eval': True}
   trained(capsys, small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), steps=22, **fields))
@@ -371,6 +373,7 @@ def place_of(table):
   return 0 if name == 'fused' else int(name[1:])
 
 
+@pytest.mark.slow
 def test_static_tables_do_not_ask_for_the_split_of_others(criteo, tmp_path, capsys):
   fields = {'checkpoint': str(tmp_path / 'a'), 'no_eval': True}
   trained(capsys, small_spec(criteo, tmp_path, steps=2, **fields))
