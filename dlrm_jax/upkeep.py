@@ -23,7 +23,7 @@ from dlrm_jax.embeddings.layout import TableLayout
 from dlrm_jax.native.rows import xla_write
 from dlrm_jax.program import Program
 from dlrm_jax.sharding import ALONE
-from dlrm_jax.state import state_placing, state_specs
+from dlrm_jax.state import state_placing
 from dlrm_jax.structs import Directory, Table, TrainState, Vocabulary
 
 # Steps between looks at how full the directories are. A look waits for the step before it.
@@ -178,7 +178,7 @@ def grown_parts(table: Table, known: Vocabulary, parts: tuple[str, ...]) -> tupl
 
 def moved(program: Program, state: TrainState) -> tuple[TrainState, int]:
   """The state with its ids in directories of the capacity that the program's spec names; how many found no place."""
-  place = program.axis.placed(state_specs(program))
+  place = state_placing(program)
   move = jax.jit(functools.partial(_moved, program), out_shardings=place and (place.tables, place.known, None))
   tables, known, lost = move(state.tables, state.known)
   return state.replace(tables=state.tables | tables, known=known), int(lost)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jaxtyping import Float, UInt32
+from jaxtyping import Float
 
 from dlrm_jax.embeddings.directory import Ids
 from dlrm_jax.embeddings.dynamic import initial_vectors
@@ -49,11 +49,6 @@ def init_table(
   empty = jnp.zeros((rows, dim), jnp.uint16 if dtype == 'bfloat16' else jnp.float32)
   value = jax.lax.fori_loop(0, -(-rows // size), fill, empty)
   return Table(value=value, slots=init_slots(tx, value), scratch=jnp.zeros(rows, jnp.int32))
-
-
-def resolve(layout: Layout, bucket: UInt32[Array, 'B F'], weight: Float[Array, 'B']) -> dict[str, Array]:
-  """Rows i32[B, columns] of a batch in each table."""
-  return {name: table.resolve(bucket, weight) for name, table in layout.items()}
 
 
 def lookup(
