@@ -339,11 +339,6 @@ def _check_embedding(spec: Spec) -> None:
     if embedding.kind == 'multi_hash':
       _check_multi_hash(embedding)
     return
-  if embedding.exchange == 'all_to_all':
-    raise SpecError(
-      f"config.embedding.exchange='all_to_all': tables of kind {embedding.kind!r} have no such form; set it to "
-      "'auto' or 'gather'"
-    )
   if spec.steps >= MOST_STEPS:
     raise SpecError(f'config.steps={spec.steps}: a directory of ids counts less than {MOST_STEPS} steps; set fewer')
   if spec.optimizer.table_update == 'all':

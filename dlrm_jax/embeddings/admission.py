@@ -20,6 +20,7 @@ from dlrm_jax.embeddings.directory import (
   WHOLE,
   Ids,
   Shard,
+  Times,
   claim,
   find,
   frequency,
@@ -50,11 +51,16 @@ class Resolved(NamedTuple):
   unplaced: Bool[Array, 'N']  # admitted (or to be counted), but every bucket of theirs is full
 
 
+def only(times: Times, wanted: Bool[Array, 'N']) -> Times:
+  """The times of these lanes; the others look for nothing."""
+  return jnp.where(wanted, times, jnp.zeros_like(times))
+
+
 class Admission(NamedTuple):
   """One way to admit ids. Both functions are pure; `filter` is what it remembers of ids that have no row."""
 
   init: Callable[..., Any]  # (devices=1 among which it is cut) -> a device's part of the filter
-  # (directory, filter, ids, wanted bool[N], step i32[], shard) -> (directory, filter, Resolved). Donate both. With
+  # (directory, filter, ids, times, step i32[], shard) -> (directory, filter, Resolved). Donate both. With
   # directory and filter of one shard of several, it looks at that shard's ids alone: rows are numbered from the
   # shard's first, nothing else is marked, and `used` has grown by what this shard claimed.
   resolve: Callable[..., tuple[Directory, Any, Resolved]]
@@ -65,10 +71,10 @@ def always(kernels: DirectoryKernels = XLA) -> Admission:
   """Every id, at its first lookup."""
 
   def resolve(
-    directory: Directory, remembered: tuple[()], ids: Ids, wanted: Array, step: Array, shard: Shard = WHOLE
+    directory: Directory, remembered: tuple[()], ids: Ids, times: Times, step: Array, shard: Shard = WHOLE
   ) -> tuple[Directory, tuple[()], Resolved]:
-    wanted &= owned(ids, shard)
-    directory, claimed = claim(directory, ids, wanted, step, kernels, shard)
+    wanted = (times > 0) & owned(ids, shard)
+    directory, claimed = claim(directory, ids, only(times, wanted), step, kernels, shard)
     unplaced = wanted & (claimed.row == rows_of(directory))
     return directory, remembered, Resolved(*claimed, jnp.zeros_like(wanted), unplaced)
 
@@ -83,14 +89,14 @@ def counter(threshold: int, rows: int, kernels: DirectoryKernels = XLA) -> Admis
   """
 
   def resolve(
-    directory: Directory, waiting: Directory, ids: Ids, wanted: Array, step: Array, shard: Shard = WHOLE
+    directory: Directory, waiting: Directory, ids: Ids, times: Times, step: Array, shard: Shard = WHOLE
   ) -> tuple[Directory, Directory, Resolved]:
-    wanted &= owned(ids, shard)
+    wanted = (times > 0) & owned(ids, shard)
     unknown = wanted & (find(directory, ids, wanted, kernels, shard) == rows_of(directory))
-    waiting, counted = claim(waiting, ids, unknown, step, kernels, shard)
+    waiting, counted = claim(waiting, ids, only(times, unknown), step, kernels, shard)
     seen = frequency(waiting, counted.row)
     admitted = unknown & (seen >= threshold)
-    directory, claimed = claim(directory, ids, wanted & (~unknown | admitted), step, kernels, shard)
+    directory, claimed = claim(directory, ids, only(times, wanted & (~unknown | admitted)), step, kernels, shard)
 
     def move(i: Array, carry: tuple[Directory, Directory]) -> tuple[Directory, Directory]:
       directory, waiting = carry
@@ -130,14 +136,15 @@ def counting_bloom(
     )
 
   def resolve(
-    directory: Directory, counters: Array, ids: Ids, wanted: Array, step: Array, shard: Shard = WHOLE
+    directory: Directory, counters: Array, ids: Ids, times: Times, step: Array, shard: Shard = WHOLE
   ) -> tuple[Directory, Array, Resolved]:
-    wanted &= owned(ids, shard)
+    wanted = (times > 0) & owned(ids, shard)
     unknown = wanted & (find(directory, ids, wanted, kernels, shard) == rows_of(directory))
     region, words = bloom_words(ids, counters.shape[0], shard)
-    counters, seen = kernels.add(counters, words, jnp.where(unknown, region, -1), hashes, threshold)
+    region, times = jnp.where(unknown, region, -1), times.astype(jnp.uint32)
+    counters, seen = kernels.add(counters, words, region, times, hashes, threshold)
     admitted = unknown & (seen >= threshold)
-    directory, claimed = claim(directory, ids, wanted & (~unknown | admitted), step, kernels, shard)
+    directory, claimed = claim(directory, ids, only(times, wanted & (~unknown | admitted)), step, kernels, shard)
     unplaced = admitted & (claimed.row == rows_of(directory))
     return directory, counters, Resolved(*claimed, unknown & ~admitted, unplaced)
 

@@ -36,6 +36,10 @@ class Ids(NamedTuple):
   feature: UInt32[Array, 'N']  # less than FEATURES
 
 
+# How many occurrences of its id a lane stands for; 0, or False: it looks for nothing.
+Times = Bool[Array, 'N'] | UInt32[Array, 'N']
+
+
 class Claimed(NamedTuple):
   """What a training lookup found."""
 
@@ -78,7 +82,12 @@ WHOLE = Shard(0, 1)
 
 def owned(ids: Ids, shard: Shard) -> Bool[Array, 'N']:
   """Which ids belong to a shard, of a directory of any size: a directory and those that filter for it agree."""
-  return scale(hash_words(ids)[0], shard.count).astype(jnp.int32) == shard.index
+  return owner_of(ids, shard.count) == shard.index
+
+
+def owner_of(ids: Ids, shards: int) -> Int32[Array, 'N']:
+  """The index of the shard that each id belongs to, of so many."""
+  return scale(hash_words(ids)[0], shards).astype(jnp.int32)
 
 
 def find(
@@ -91,17 +100,17 @@ def find(
 def claim(
   directory: Directory,
   ids: Ids,
-  wanted: Bool[Array, 'N'],
+  times: Times,
   step: Int32[Array, ''],
   kernels: DirectoryKernels = XLA,
   shard: Shard = WHOLE,
 ) -> tuple[Directory, Claimed]:
   """The rows of the wanted ids; an id that has none gets a free one, with frequency 0, if its buckets have any.
 
-  Then every wanted lane with a row counts as one occurrence of its id at `step`. Donate the directory, or it is copied.
+  Then every lane with a row counts as so many occurrences of its id at `step`. Donate the directory, or it is copied.
   """
-  places = _places(directory, ids, wanted, shard)
-  entry, row, fresh, count = kernels.claim(directory.entry, *ids, places, step)
+  places = _places(directory, ids, times > 0, shard)
+  entry, row, fresh, count = kernels.claim(directory.entry, *ids, places, times.astype(jnp.uint32), step)
   return Directory(entry=entry, used=directory.used + count), Claimed(row, fresh, count)
 
 

@@ -7,20 +7,29 @@ nothing. Both give `Found`, from which `lookup` makes vectors and `update` knows
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jaxtyping import Float, Int32
+from jaxtyping import Bool, Float, Int32
 
 from dlrm_jax.embeddings import exchange, tables
-from dlrm_jax.embeddings.adaptive import initial_from, shared_rows
-from dlrm_jax.embeddings.admission import Admission
-from dlrm_jax.embeddings.counts import counted, no_counts
-from dlrm_jax.embeddings.directory import PAGE_ROWS, Ids, Shard, find, make_directory, owned, rows_of, whole_pages
+from dlrm_jax.embeddings.admission import Admission, Resolved
+from dlrm_jax.embeddings.counts import admitted_of, lookups_of, no_counts
+from dlrm_jax.embeddings.directory import (
+  PAGE_ROWS,
+  Ids,
+  Shard,
+  Times,
+  find,
+  make_directory,
+  owned,
+  rows_of,
+  whole_pages,
+)
 from dlrm_jax.embeddings.directory import WHOLE as DIRECTORY
 from dlrm_jax.embeddings.dynamic import initial_vectors, make_table, start_rows, take
 from dlrm_jax.embeddings.layout import TableLayout
@@ -30,7 +39,7 @@ from dlrm_jax.native.rows import RowKernels
 from dlrm_jax.optim import bits
 from dlrm_jax.sharding import ALONE, CUT, WHOLE, Axis
 from dlrm_jax.spec import COLUMNS, EmbeddingSpec
-from dlrm_jax.structs import Batch, Directory, Table, Vocabulary
+from dlrm_jax.structs import Batch, Counts, Directory, Table, Vocabulary
 
 Tables = dict[str, Table]
 Vocabularies = dict[str, Vocabulary]
@@ -108,6 +117,12 @@ class Static:
         rows[name] = self.here(name, table.rows, table.resolve(all_.bucket, all_.weight))
     return Found(rows)
 
+  def on_the_way(self, name: str, rows: int, row: Int32[Array, 'b columns']) -> Any:
+    """Lookups of this device's examples in a whole table of so many rows, as `Found.rows` has them."""
+    if self.is_routed(name):
+      return exchange.route(self.axis, rows, row)
+    return self.here(name, rows, self.axis.gather(row))
+
   def is_routed(self, name: str) -> bool:
     """Whether lookups go to the device that has their row; otherwise, all go to all."""
     wanted = self.spec.exchange
@@ -136,9 +151,15 @@ class Static:
 
   def read(self, name: str, value: Array, where: Any) -> Float[Array, 'B columns D']:
     """Vectors of this device's lookups in one table."""
-    read = lambda row: bits.widen(self.rows.read(value, row))
+    return self.ask(name, where, value.shape, lambda row: bits.widen(self.rows.read(value, row)))
+
+  def ask(
+    self, name: str, where: Any, shape: tuple[int, int], read: Callable[[Array], Array]
+  ) -> Float[Array, 'b columns D']:
+    """What `read` gives for rows of this device's part of a table, zeros for no row: f32[..., D] of i32[...]; for the
+    lookups of this device, whoever has their rows. `shape` is (rows of the part, D)."""
     if isinstance(where, exchange.Route):
-      return exchange.lookup(self.axis, where, *value.shape, read)
+      return exchange.lookup(self.axis, where, *shape, read)
     return self.mine(name, read(where))
 
   def update(self, tables_: Tables, found: Found, gradient: Float[Array, 'B F D'], step: Int32[Array, '']) -> Tables:
@@ -154,11 +175,11 @@ class Static:
     def update(name: str, table: Table, of: Callable[[Array], Array]) -> Table:
       size, dim = table.value.shape
       first = self.axis.index() * size if self.is_cut(name) else 0
-      apply = lambda row, grad: self.update_table(table, row, grad, step=step, first=first)
+      apply = lambda table, row, grad: self.update_table(table, row, grad, step=step, first=first)
       where = found.rows[name]
       if isinstance(where, exchange.Route):
-        return exchange.update(self.axis, where, size, of(gradient), apply)
-      return apply(where.reshape(-1), of(everyones).reshape(-1, dim))
+        return exchange.update(self.axis, where, table, of(gradient), apply)
+      return apply(table, where.reshape(-1), of(everyones).reshape(-1, dim))
 
     return tables.update(layout, update, tables_)
 
@@ -195,10 +216,6 @@ class Dynamic(Static):
     counts = no_counts(len(self.layout[name].columns))
     return Vocabulary(directory=directory, filter=self.admission.init(devices), widths=widths, counts=counts)
 
-  def is_routed(self, name: str) -> bool:
-    """See `Static.is_routed`: an id's row is known only where it is."""
-    return False
-
   def shard(self, name: str) -> Shard:
     """Which part of a directory this device has."""
     return Shard(self.axis.index(), self.axis.size) if self.is_cut(name) else DIRECTORY
@@ -207,45 +224,118 @@ class Dynamic(Static):
     self, tables_: Tables, known: Vocabularies, batch: Batch, step: Int32[Array, '']
   ) -> tuple[Tables, Vocabularies, Found]:
     """See `Static.resolve`."""
-    batch, tables_, known, rows = self.everyones(batch), dict(tables_), dict(known), {}
-    for name, table in self.layout.items():
-      ids, old, shard = ids_of(batch, table), known[name], self.shard(name)
-      wanted = wanted_of(batch, table) & owned(ids, shard)
-      directory, remembered, found = self.admission.resolve(old.directory, old.filter, ids, wanted, step, shard)
-      initial = self.initial(name, tables_, ids, batch)
-      tables_[name] = start_rows(self.tx, tables_[name], found.row, found.fresh, found.count, initial, self.rows)
-      counts = jax.tree.map(jnp.add, old.counts, counted(table.columns, ids, wanted, found))
-      new = old.replace(directory=directory, filter=remembered, counts=counts)
+    tables_, known, rows = dict(tables_), dict(known), {}
+    for name in self.layout:
+      resolve = self.resolve_routed if self.is_routed(name) else self.resolve_everyones
+      old = known[name]
+      tables_[name], new, rows[name] = resolve(name, tables_, old, batch, step)
       known[name] = together(self.axis, old, new) if self.is_cut(name) else new
-      rows[name] = found.row.reshape(batch.weight.shape[0], -1)
     return tables_, known, self.found(known, batch, rows)
+
+  def resolve_everyones(
+    self, name: str, tables_: Tables, known: Vocabulary, batch: Batch, step: Int32[Array, '']
+  ) -> tuple[Table, Vocabulary, Int32[Array, 'B columns']]:
+    """A table, what it knows and the rows in it, where every device sees the lookups of all."""
+    columns = self.layout[name].columns
+    ids, wanted = wanted_ids(self.everyones(batch), self.layout[name])
+    wanted &= owned(ids, self.shard(name))
+    seeds = self.axis.gather(self.seeds(name, tables_, batch))
+    begin = functools.partial(self.begin, name, tables_)
+    table, known, found = self.claimed(name, tables_[name], known, ids, wanted, step, begin, seeds)
+    known = with_lookups(known, lookups_of(len(columns), wanted, found.refused, found.unplaced))
+    return table, known, found.row.reshape(-1, len(columns))
+
+  def resolve_routed(
+    self, name: str, tables_: Tables, known: Vocabulary, batch: Batch, step: Int32[Array, '']
+  ) -> tuple[Table, Vocabulary, exchange.Route]:
+    """A table, what it knows and the way to its rows, where a device sees the lookups of its own ids."""
+    columns, none = self.layout[name].columns, rows_of(known.directory)
+    ids, wanted = wanted_ids(batch, self.layout[name])
+    way, distinct = exchange.route_ids(self.axis, ids, wanted, len(columns), self.directories)
+    seeds = [seed[distinct.lane] for seed in self.seeds(name, tables_, batch)]
+    begin = functools.partial(self.begin, name, tables_)
+
+    def claim(state: tuple[Table, Vocabulary], received: list[Array]) -> tuple[Any, Array]:
+      key, feature, times, *seeds = received
+      table, known, found = self.claimed(name, *state, Ids(key, feature), times, step, begin, seeds)
+      # Two numbers past the last row say why there is none.
+      return (table, known), jnp.where(found.unplaced, none + 1, jnp.where(found.refused, none, found.row))
+
+    sent = [(part, 0) for part in (*take(ids, distinct.lane), distinct.times, *seeds)]
+    state = tables_[name], known
+    (table, known), row = exchange.hand_over(self.axis, way, sent, state, claim, jnp.full_like(way.row, none))
+    said = exchange.by_lookup(way, row, none).reshape(-1)
+    known = with_lookups(known, lookups_of(len(columns), wanted, wanted & (said == none), said == none + 1))
+    return table, known, way._replace(row=jnp.minimum(row, none))
+
+  def claimed(
+    self,
+    name: str,
+    table: Table,
+    known: Vocabulary,
+    ids: Ids,
+    times: Times,
+    step: Int32[Array, ''],
+    begin: Callable[..., Array],
+    seeds: Sequence[Array],
+  ) -> tuple[Table, Vocabulary, Resolved]:
+    """Rows of this device's ids, with first vectors where they are new."""
+    shard = self.shard(name)
+    directory, remembered, found = self.admission.resolve(known.directory, known.filter, ids, times, step, shard)
+    initial = lambda lane: begin(*(part.at[lane].get(mode='fill', fill_value=0) for part in (*ids, *seeds)))
+    table = start_rows(self.tx, table, found.row, found.fresh, found.count, initial, self.rows)
+    admitted = known.counts.admitted + admitted_of(self.layout[name].columns, ids, found)
+    counts = known.counts.replace(admitted=admitted)
+    return table, known.replace(directory=directory, filter=remembered, counts=counts), found
+
+  def seeds(self, name: str, tables_: Tables, batch: Batch) -> tuple[Array, ...]:
+    """What `begin` needs besides the ids, by this device's lookups: arrays [N, ...]."""
+    return ()
+
+  def begin(self, name: str, tables_: Tables, key: Array, feature: Array) -> Float[Array, 'K D']:
+    """First vectors of ids."""
+    return initial_vectors(self.seed, Ids(key, feature), self.spec.dim)
 
   def find(self, known: Vocabularies, batch: Batch) -> Found:
     """See `Static.find`."""
-    batch, rows = self.everyones(batch), {}
+    rows = {}
     for name, table in self.layout.items():
-      ids, wanted = ids_of(batch, table), wanted_of(batch, table)
-      row = find(known[name].directory, ids, wanted, self.directories, self.shard(name))
-      rows[name] = row.reshape(batch.weight.shape[0], -1)
+      if self.is_routed(name):
+        rows[name] = self.find_routed(name, known[name].directory, batch)
+      else:
+        ids, wanted = wanted_ids(self.everyones(batch), table)
+        row = find(known[name].directory, ids, wanted, self.directories, self.shard(name))
+        rows[name] = row.reshape(-1, len(table.columns))
     return self.found(known, batch, rows)
 
-  def found(self, known: Vocabularies, batch: Batch, rows: dict[str, Array]) -> Found:
+  def find_routed(self, name: str, directory: Directory, batch: Batch) -> exchange.Route:
+    """The way to the rows in a table, see `resolve_routed`."""
+    columns, none = self.layout[name].columns, rows_of(directory)
+    ids, wanted = wanted_ids(batch, self.layout[name])
+    way, distinct = exchange.route_ids(self.axis, ids, wanted, len(columns), self.directories)
+
+    def look(state: tuple[()], received: list[Array]) -> tuple[Any, Array]:
+      key, feature, times = received
+      return state, find(directory, Ids(key, feature), times > 0, self.directories, self.shard(name))
+
+    sent = [(part, 0) for part in (*take(ids, distinct.lane), distinct.times)]
+    _, row = exchange.hand_over(self.axis, way, sent, (), look, jnp.full_like(way.row, none))
+    return way._replace(row=row)
+
+  def found(self, known: Vocabularies, batch: Batch, rows: dict[str, Any]) -> Found:
     """What the own rows of a batch's lookups come to."""
     if self.spec.width.name == 'full':
       return Found(rows)
     most = self.spec.width.blocks
     # An id without a row lacks no block, nor does one for the devices that do not have its row.
     lacks = {}
-    for name, row in rows.items():
-      blocks = blocks_of(known[name].directory, known[name].widths, row.reshape(-1))
-      lacks[name] = self.mine(name, most - blocks.reshape(row.shape))
-    blocks = most - tables.in_order(self.layout, lacks)
+    for name, where in rows.items():
+      blocks = functools.partial(blocks_of, known[name].directory, known[name].widths)
+      lack = lambda row, blocks=blocks: (most - blocks(row.reshape(-1))).reshape(*row.shape, 1).astype(jnp.float32)
+      lacks[name] = self.ask(name, where, (rows_of(known[name].directory), 1), lack)[..., 0]
+    blocks = most - tables.in_order(self.layout, lacks).astype(jnp.int32)
     width = mask(blocks.reshape(-1), most, self.spec.dim)
     return Found(rows, width.reshape(*blocks.shape, self.spec.dim))
-
-  def initial(self, name: str, tables_: Tables, ids: Ids, batch: Batch) -> Callable[[Array], Array]:
-    """First vectors, by lanes."""
-    return lambda lane: initial_vectors(self.seed, take(ids, lane), self.spec.dim)
 
   def lookup(self, tables_: Tables, found: Found) -> Float[Array, 'B 26 D']:
     """See `Static.lookup`."""
@@ -258,7 +348,8 @@ class Dynamic(Static):
 
 @dataclasses.dataclass(frozen=True)
 class Adaptive(Dynamic):
-  """An id without a row of its own shares that of its bucket, in a static table beside; its own row starts from it."""
+  """An id has a row of its own from its n-th sighting on, for which `admission` is a counter. Before, it shares that of
+  its bucket, in a static table beside; its own row starts from it."""
 
   def init(self) -> tuple[Tables, Vocabularies]:
     """See `Static.init`."""
@@ -274,27 +365,34 @@ class Adaptive(Dynamic):
     """See `Static.parts`."""
     return self.shared[name].parts if name in self.shared else super().parts(name)
 
-  def found(self, known: Vocabularies, batch: Batch, rows: dict[str, Array]) -> Found:
+  def found(self, known: Vocabularies, batch: Batch, rows: dict[str, Any]) -> Found:
     """See `Dynamic.found`."""
     found, shared = super().found(known, batch, rows), {}
     for name, table in self.layout.items():
-      own = rows[name] < rows_of(known[name].directory)
-      if self.is_cut(name):
-        own = self.axis.sum(own.astype(jnp.int32)) > 0
-      row = shared_rows(own, table.resolve(batch.bucket, batch.weight), table.rows)
-      shared[shared_name(name)] = self.here(shared_name(name), table.rows, row)
+      own = self.has_row(name, rows[name], rows_of(known[name].directory))
+      # A lookup has a row in one of the tables at most, and as no row reads as zero, its vector is the sum of both.
+      row = jnp.where(own, table.rows, table.resolve(batch.bucket, batch.weight))
+      shared[shared_name(name)] = self.on_the_way(shared_name(name), table.rows, row)
     return found._replace(rows=rows | shared)
 
-  def initial(self, name: str, tables_: Tables, ids: Ids, batch: Batch) -> Callable[[Array], Array]:
-    """See `Dynamic.initial`."""
+  def has_row(self, name: str, where: Any, none: int) -> Bool[Array, 'b columns']:
+    """Which lookups of this device have a row in a table."""
+    if isinstance(where, exchange.Route):
+      return exchange.by_lookup(where, where.row < none)
+    return self.mine(name, (where < none).astype(jnp.int32)) > 0
+
+  def seeds(self, name: str, tables_: Tables, batch: Batch) -> tuple[Array, ...]:
+    """See `Dynamic.seeds`: the shared rows, or their vectors, where other devices may have those."""
     shared, table = shared_name(name), self.layout[name]
-    hash_row = table.resolve(batch.bucket, batch.weight)
+    row, value = table.resolve(batch.bucket, batch.weight), tables_[shared].value
     if not self.is_cut(shared):
-      return initial_from(tables_[shared].value, hash_row.reshape(-1), self.rows)
-    # They may be on any device, and each will need those of its own new ids.
-    row = self.here(shared, table.rows, hash_row).reshape(-1)
-    vectors = self.axis.sum(bits.widen(self.rows.read(tables_[shared].value, row)))
-    return lambda lane: vectors.at[lane].get(mode='fill', fill_value=0)
+      return (row.reshape(-1),)
+    return (self.read(shared, value, self.on_the_way(shared, table.rows, row)).reshape(-1, self.spec.dim),)
+
+  def begin(self, name: str, tables_: Tables, key: Array, feature: Array, seed: Array) -> Float[Array, 'K D']:
+    """See `Dynamic.begin`: an id goes on from its shared row."""
+    shared = shared_name(name)
+    return seed if self.is_cut(shared) else bits.widen(self.rows.read(tables_[shared].value, seed))
 
   def lookup(self, tables_: Tables, found: Found) -> Float[Array, 'B 26 D']:
     """See `Static.lookup`."""
@@ -311,16 +409,17 @@ def shared_name(name: str) -> str:
   return f'shared_{name}'
 
 
-def ids_of(batch: Batch, table: TableLayout) -> Ids:
-  """The ids of a batch's lookups in a table, examples one after another."""
+def wanted_ids(batch: Batch, table: TableLayout) -> tuple[Ids, Bool[Array, 'N']]:
+  """The ids of a batch's lookups in a table, examples one after another, and which of these are no padding."""
   columns = jnp.array(table.columns, jnp.uint32)
   key = batch.key if len(table.columns) == batch.key.shape[1] else batch.key[:, list(table.columns)]
-  return Ids(key.reshape(-1, 2), jnp.tile(columns, batch.weight.shape[0]))
+  ids = Ids(key.reshape(-1, 2), jnp.tile(columns, batch.weight.shape[0]))
+  return ids, jnp.repeat(batch.weight > 0, len(table.columns))
 
 
-def wanted_of(batch: Batch, table: TableLayout) -> Array:
-  """Which of these are of examples, not of padding: bool[N]."""
-  return jnp.repeat(batch.weight > 0, len(table.columns))
+def with_lookups(known: Vocabulary, more: Counts) -> Vocabulary:
+  """With these counted too."""
+  return known.replace(counts=jax.tree.map(jnp.add, known.counts, more))
 
 
 def together(axis: Axis, old: Vocabulary, new: Vocabulary) -> Vocabulary:

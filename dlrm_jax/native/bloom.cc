@@ -22,7 +22,7 @@ int64_t PiecesOf(const ffi::ThreadPool& pool, int64_t lanes) {
 
 template <typename T>
 void Add(ffi::ThreadPool& pool, T* counters, int64_t regions, int64_t size, const uint32_t* word,
-         const int32_t* region, int64_t lanes, int64_t hashes, uint32_t limit, uint32_t* least) {
+         const int32_t* region, const uint32_t* times, int64_t lanes, int64_t hashes, uint32_t limit, uint32_t* least) {
   auto position = [=](int64_t lane, int64_t i) -> int64_t {
     const uint32_t mixed = word[2 * lane] + static_cast<uint32_t>(i) * word[2 * lane + 1];
     return region[lane] * size + static_cast<int64_t>(mixed * static_cast<uint64_t>(size) >> 32);
@@ -43,7 +43,7 @@ void Add(ffi::ThreadPool& pool, T* counters, int64_t regions, int64_t size, cons
       if (region[lane] < 0) return;
       for (int64_t i = 0; i < hashes; ++i) {
         const int64_t at = position(lane, i);
-        if (at >= low && at < high && counters[at] < limit) ++counters[at];
+        if (at >= low && at < high) counters[at] = std::min<uint64_t>(uint64_t{counters[at]} + times[lane], limit);
       }
     });
   });
@@ -60,13 +60,14 @@ void Add(ffi::ThreadPool& pool, T* counters, int64_t regions, int64_t size, cons
 
 // Results: the counters, in place; the least of each lane's.
 ffi::Error BloomAdd(ffi::ThreadPool pool, ffi::AnyBuffer counters_in, ffi::Buffer<ffi::U32> word,
-                    ffi::Buffer<ffi::S32> region, ffi::Result<ffi::AnyBuffer> counters,
+                    ffi::Buffer<ffi::S32> region, ffi::Buffer<ffi::U32> times,
+                    ffi::Result<ffi::AnyBuffer> counters,
                     ffi::ResultBuffer<ffi::U32> least, int64_t hashes, int64_t limit) {
   void* data = counters->untyped_data();
   if (counters_in.untyped_data() != data) return ffi::Error::Internal("the counters were not given in place");
   auto add = [&](auto* typed) {
     Add(pool, typed, counters->dimensions()[0], counters->dimensions()[1], word.typed_data(), region.typed_data(),
-        static_cast<int64_t>(region.element_count()), hashes, static_cast<uint32_t>(limit), least->typed_data());
+        times.typed_data(), static_cast<int64_t>(region.element_count()), hashes, static_cast<uint32_t>(limit), least->typed_data());
     return ffi::Error::Success();
   };
   switch (counters->element_type()) {
@@ -81,5 +82,5 @@ ffi::Error BloomAdd(ffi::ThreadPool pool, ffi::AnyBuffer counters_in, ffi::Buffe
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DlrmBloomAdd, BloomAdd,
                               ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::AnyBuffer>().Arg<ffi::Buffer<ffi::U32>>()
-                                  .Arg<ffi::Buffer<ffi::S32>>().Ret<ffi::AnyBuffer>().Ret<ffi::Buffer<ffi::U32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::U32>>().Ret<ffi::AnyBuffer>().Ret<ffi::Buffer<ffi::U32>>()
                                   .Attr<int64_t>("hashes").Attr<int64_t>("limit"));

@@ -97,9 +97,9 @@ struct Buckets {
     return -1;
   }
 
-  void Count(int32_t row, uint32_t stamp) const {
+  void Count(int32_t row, uint32_t times, uint32_t stamp) const {
     uint32_t* way = Of(row / ways) + row % ways;
-    way[kFrequency * ways] += way[kFrequency * ways] < kMostFrequency;
+    if (way[kFrequency * ways] < kMostFrequency) way[kFrequency * ways] += times;
     way[kStamp * ways] = stamp;
   }
 
@@ -136,15 +136,15 @@ ffi::Error Find(ffi::ThreadPool pool, ffi::Buffer<ffi::U32> entry, ffi::Buffer<f
 
 // The lanes of one part: no other part has a bucket of theirs. Marks the lanes that claimed a row in `fresh`.
 template <typename B>
-void ClaimPart(const B& buckets, const Ids& ids, uint32_t step, int32_t* list, int64_t count, int32_t none,
-               int32_t* row, int32_t* fresh) {
+void ClaimPart(const B& buckets, const Ids& ids, const uint32_t* times, uint32_t step, int32_t* list, int64_t count,
+               int32_t none, int32_t* row, int32_t* fresh) {
   int64_t open = 0;
   for (int64_t i = 0; i < count; ++i) {
     if (i + kAhead < count) buckets.template Prefetch<true>(ids.place[list[i + kAhead] * ids.places]);
     const int32_t lane = list[i], found = buckets.Find(ids, lane);
     row[lane] = found < 0 ? none : found;
     if (found >= 0) {
-      buckets.Count(found, step * kFeatures + ids.feature[lane]);
+      buckets.Count(found, times[lane], step * kFeatures + ids.feature[lane]);
     } else {
       list[open++] = lane;
     }
@@ -159,11 +159,11 @@ void ClaimPart(const B& buckets, const Ids& ids, uint32_t step, int32_t* list, i
       const uint32_t stamp = step * kFeatures + ids.feature[lane];
       int64_t way = buckets.Match(bucket, ids, lane);
       if (way >= 0) {
-        buckets.Count(bucket_number * buckets.ways + way, stamp);
+        buckets.Count(bucket_number * buckets.ways + way, times[lane], stamp);
       } else if ((way = buckets.Free(bucket)) >= 0) {
         bucket[way] = ids.key[2 * lane];
         bucket[kHigh * buckets.ways + way] = ids.key[2 * lane + 1];
-        bucket[kFrequency * buckets.ways + way] = 1;
+        bucket[kFrequency * buckets.ways + way] = times[lane];
         bucket[kStamp * buckets.ways + way] = stamp;
         fresh[lane] = 1;
       } else {
@@ -178,8 +178,8 @@ void ClaimPart(const B& buckets, const Ids& ids, uint32_t step, int32_t* list, i
 // Results: the entries, in place; the row of each id, or the number of rows; the lanes that claimed a row, then the
 // number of lanes; how many there are.
 ffi::Error Claim(ffi::ThreadPool pool, ffi::Buffer<ffi::U32> entry_in, ffi::Buffer<ffi::U32> key,
-                 ffi::Buffer<ffi::U32> feature, ffi::Buffer<ffi::S32> place, ffi::Buffer<ffi::S32> step,
-                 ffi::ResultBuffer<ffi::U32> entry, ffi::ResultBuffer<ffi::S32> row_out,
+                 ffi::Buffer<ffi::U32> feature, ffi::Buffer<ffi::S32> place, ffi::Buffer<ffi::U32> times,
+                 ffi::Buffer<ffi::S32> step, ffi::ResultBuffer<ffi::U32> entry, ffi::ResultBuffer<ffi::S32> row_out,
                  ffi::ResultBuffer<ffi::S32> fresh_out, ffi::ResultBuffer<ffi::S32> count_out) {
   if (entry_in.typed_data() != entry->typed_data()) return ffi::Error::Internal("the entries were not given in place");
   const Ids ids(key, feature, place);
@@ -198,7 +198,7 @@ ffi::Error Claim(ffi::ThreadPool pool, ffi::Buffer<ffi::U32> entry_in, ffi::Buff
         list[count] = lane;
         count += first >= 0 && static_cast<uint32_t>(first / page) % parts == static_cast<uint32_t>(part);
       }
-      ClaimPart(buckets, ids, *step.typed_data(), list, count, none, row, fresh);
+      ClaimPart(buckets, ids, times.typed_data(), *step.typed_data(), list, count, none, row, fresh);
     });
   });
   int32_t count = 0;
@@ -221,4 +221,4 @@ auto IdsBinding() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<U32>().Ar
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DlrmDirectoryFind, Find, IdsBinding().Ret<S32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DlrmDirectoryClaim, Claim,
-                              IdsBinding().Arg<S32>().Ret<U32>().Ret<S32>().Ret<S32>().Ret<S32>());
+                              IdsBinding().Arg<U32>().Arg<S32>().Ret<U32>().Ret<S32>().Ret<S32>().Ret<S32>());

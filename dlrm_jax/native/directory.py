@@ -31,12 +31,12 @@ class DirectoryKernels(NamedTuple):
 
   # (entry, key u32[N, 2], feature u32[N], place i32[N, P]) -> row i32[N]. Reads only.
   find: Callable[[Array, Array, Array, Array], Array]
-  # (entry, key, feature, place, step i32[]) -> (entry, row i32[N], fresh i32[N], count i32[]). A lane's id is found, or
-  # else claims the first free way of the first of its places that has one; lanes with equal ids get one row. All lanes
-  # try their first place before any tries its second, and each time the lower lane comes first. Every lane with a row
-  # adds 1 to its frequency and stamps it with the step. The first `count` of `fresh` are the lanes, ascending, that
-  # claimed, one for each new id; the rest are N.
-  claim: Callable[[Array, Array, Array, Array, Array], Claimed]
+  # (entry, key, feature, place, times u32[N], step i32[]) -> (entry, row i32[N], fresh i32[N], count i32[]). A lane's
+  # id is found, or else claims the first free way of the first of its places that has one; lanes with equal ids get one
+  # row. All lanes try their first place before any tries its second, and each time the lower lane comes first. Every
+  # lane with a row adds its times, which are not 0, to its frequency and stamps it with the step. The first `count` of
+  # `fresh` are the lanes, ascending, that claimed, one for each new id; the rest are N.
+  claim: Callable[[Array, Array, Array, Array, Array, Array], Claimed]
   add: Add  # of a counting Bloom filter, see bloom.py
 
 
@@ -65,6 +65,7 @@ def xla_claim(
   key: UInt32[Array, 'N 2'],
   feature: UInt32[Array, 'N'],
   place: Int32[Array, 'N P'],
+  times: UInt32[Array, 'N'],
   step: Int32[Array, ''],
 ) -> Claimed:
   """See `DirectoryKernels.claim`.
@@ -95,14 +96,14 @@ def xla_claim(
     buckets = buckets.at[at, LOW, free].set(jnp.uint32(n), mode='drop')
     buckets = buckets.at[at, LOW, free].min(lane.astype(jnp.uint32), mode='drop')
     wins = wants & (buckets.at[at, LOW, free].get(mode='fill', fill_value=n) == lane)
-    new = jnp.stack([key[:, 0], key[:, 1], jnp.ones_like(stamp), stamp], axis=1)
+    new = jnp.stack([key[:, 0], key[:, 1], times, stamp], axis=1)
     buckets = buckets.at[_nowhere_unless(wins, bucket, buckets.shape[0]), :, free].set(new, mode='drop')
     row = jnp.where(wins, bucket * ways + free, row)
     return jnp.where(jnp.any(wants), i, i + 1), buckets, row, fresh | wins
 
   carry = (jnp.zeros((), jnp.int32), _flat(entry), row, jnp.zeros(n, bool))
   _, buckets, row, fresh = jax.lax.while_loop(unfinished, one_round, carry)
-  buckets = _count(buckets, row, stamp, fresh)
+  buckets = _count(buckets, row, jnp.where(fresh, 0, times), stamp)
   place_in_list = jnp.where(fresh, jnp.cumsum(fresh) - 1, n)
   lanes = jnp.full(n, n, jnp.int32).at[place_in_list].set(lane, mode='drop')
   return buckets.reshape(entry.shape), row, lanes, jnp.sum(fresh, dtype=jnp.int32)
@@ -132,12 +133,12 @@ def _nowhere_unless(condition: Array, bucket: Array, buckets: int) -> Array:
   return jnp.where(condition, bucket, buckets)
 
 
-def _count(buckets: Array, row: Array, stamp: Array, fresh: Array) -> Array:
-  """One more occurrence for each lane's row, unless the claim has counted it, and its stamp."""
+def _count(buckets: Array, row: Array, times: Array, stamp: Array) -> Array:
+  """More occurrences for each lane's row, and its stamp."""
   bucket, way = row // buckets.shape[2], row % buckets.shape[2]
   frequency = buckets.at[bucket, FREQUENCY, way].get(mode='fill', fill_value=0)
-  more = (frequency < MOST_FREQUENCY) & ~fresh
-  buckets = buckets.at[bucket, FREQUENCY, way].add(more.astype(jnp.uint32), mode='drop')
+  more = jnp.where(frequency < MOST_FREQUENCY, times, 0)
+  buckets = buckets.at[bucket, FREQUENCY, way].add(more, mode='drop')
   return buckets.at[bucket, STAMP, way].set(stamp, mode='drop')
 
 
@@ -155,13 +156,14 @@ def native_claim(
   key: UInt32[Array, 'N 2'],
   feature: UInt32[Array, 'N'],
   place: Int32[Array, 'N P'],
+  times: UInt32[Array, 'N'],
   step: Int32[Array, ''],
 ) -> Claimed:
   """See `DirectoryKernels.claim`. The result does not depend on the number of threads."""
   lanes = jax.ShapeDtypeStruct((len(key),), jnp.int32)
   shapes = (jax.ShapeDtypeStruct(entry.shape, jnp.uint32), lanes, lanes, jax.ShapeDtypeStruct((), jnp.int32))
   call = jax.ffi.ffi_call('dlrm_directory_claim', shapes, input_output_aliases={0: 0})
-  return tuple(call(entry, key, feature, place, step))
+  return tuple(call(entry, key, feature, place, times, step))
 
 
 XLA = DirectoryKernels(xla_find, xla_claim, xla_add)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dlrm_jax.embeddings.admission import counter
-from dlrm_jax.embeddings.counts import counted
+from dlrm_jax.embeddings.counts import admitted_of, lookups_of
 from dlrm_jax.embeddings.directory import Ids, Shard, make_directory
 from tests.embeddings import reference_variables as reference
 
@@ -23,7 +23,11 @@ def test_equals_plain_python_column_by_column(columns, examples, shards):
   admit = counter(2, pages * 16)
   admit = admit._replace(init=lambda: make_directory(pages // shards * 16, 2, 8))
   resolve = jax.jit(admit.resolve, static_argnums=5)
-  count = jax.jit(lambda *lanes: counted(columns, *lanes))
+  def count(ids, wanted, found):
+    counts = lookups_of(len(columns), wanted, found.refused, found.unplaced)
+    return counts.replace(admitted=admitted_of(columns, ids, found))
+
+  count = jax.jit(count)
   own = [(make_directory(pages // shards * 16, 2, 8), admit.init()) for _ in range(shards)]
   expected = reference.Variables(reference.Ids(pages, 8, 2), reference.Counter(2, pages, 8, 2))
   totals = collections.Counter()

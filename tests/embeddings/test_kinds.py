@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from dlrm_jax.embeddings import directory as directories
 from dlrm_jax.embeddings.directory import Ids
 from dlrm_jax.embeddings.dynamic import initial_vectors
+from dlrm_jax.embeddings.exchange import by_lookup
 from dlrm_jax.native import build
 from dlrm_jax.program import make_program
 from dlrm_jax.sharding import CUT, WHOLE
@@ -50,14 +51,14 @@ runs = st.tuples(st.sampled_from([2, 7, 256]), st.sampled_from([1, 4, 50]), st.l
 
 
 @functools.cache
-def make(name, native, number):
+def make(name, native, number, exchange):
   """(program, training of tables, what evaluation sees), compiled."""
   case, fields = RUNS[name]
   optimizer, options, _, _ = optimizers.CASES[case]
   fields = {f'embedding.{field}': value for field, value in (COMMON | fields).items()}
   fields |= {'optimizer.name': optimizer, 'optimizer.learning_rate': RATE, 'optimizer.rmsprop': 'rmsprop' in options}
   fields |= {'optimizer.accumulator_decay_steps': 7, 'optimizer.accumulator_decay_rate': 0.6, 'native': native}
-  fields |= {'embedding.rows': 512 * number}
+  fields |= {'embedding.rows': 512 * number, 'embedding.exchange': exchange}
   program = make_program(small_spec('data', 'result', **fields | DEVICES[str(number)]), devices(number))
   embeddings, named = program.embeddings, state_specs(program)
   tables_and_ids = named.tables, named.known
@@ -74,6 +75,9 @@ def make(name, native, number):
   def rows_in_whole(found, known):
     """Rows of the whole table; no device has the row: its number of rows."""
     row, size = found.rows['fused'], directories.rows_of(known['fused'].directory)
+    if embeddings.is_routed('fused'):
+      routed = jnp.where(row.row < size, row.owner * size + row.row, size * number)
+      return program.axis.gather(by_lookup(row, routed, size * number))
     if not embeddings.is_cut('fused'):
       return row
     own = program.axis.sum(jnp.where(row < size, row + program.axis.index() * size - size * number, 0))
@@ -126,9 +130,9 @@ def initial_of(seed, id):
 class Pair:
   """A program's tables, and the same in plain Python."""
 
-  def __init__(self, name, native, number):
+  def __init__(self, name, native, number, exchange):
     self.case, _ = RUNS[name]
-    self.program, self.jit_train, self.jit_evaluate = make(name, native, number)
+    self.program, self.jit_train, self.jit_evaluate = make(name, native, number, exchange)
     self.upkeep = Upkeep(self.program)
     state = init_state(self.program)
     self.tables, self.known = state.tables, state.known
@@ -231,7 +235,10 @@ FORMS = {'native': True, 'xla': False}
 needs_compiler = pytest.mark.skipif(not build.load().ready, reason=build.load().note)
 
 
-@pytest.mark.parametrize('number', [1, *(pytest.param(number, marks=pytest.mark.slow) for number in (2, 4))])
+@pytest.mark.parametrize(('number', 'exchange'), [
+  (1, 'gather'),
+  *(pytest.param(n, exchange, marks=pytest.mark.slow) for n in (2, 4) for exchange in ('gather', 'all_to_all')),
+])  # fmt: skip
 @pytest.mark.parametrize(
   'form', [pytest.param('native', marks=needs_compiler), pytest.param('xla', marks=pytest.mark.slow)]
 )
@@ -239,14 +246,14 @@ needs_compiler = pytest.mark.skipif(not build.load().ready, reason=build.load().
   pytest.param(name, marks=() if name in ('dynamic_counter_old_width', 'adaptive_bloom_old') else pytest.mark.slow)
   for name in RUNS
 ])  # fmt: skip
-def test_equals_plain_python(name, form, number):
+def test_equals_plain_python(name, form, number, exchange):
   seen = dict.fromkeys(('steps', 'admitted', 'refused', 'unplaced', 'evicted', 'grown'), 0)
 
   @settings(max_examples=10, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
   @given(runs, st.integers(0, 1000))
   @example(full_run(number), 0)
   def check(run, seed):
-    pair, rng = Pair(name, FORMS[form], number), np.random.default_rng(seed)
+    pair, rng = Pair(name, FORMS[form], number, exchange), np.random.default_rng(seed)
     for step in range(len(run[2])):
       ids = ids_of(run, step)
       pair.evaluate(ids)

@@ -25,6 +25,11 @@ def draw(rng, lanes, ids):
   return Ids(jnp.asarray(key), jnp.asarray(rng.integers(0, 26, lanes, dtype=np.uint32))), jnp.asarray(wanted)
 
 
+def draw_times(rng, wanted):
+  """How many occurrences each wanted lane stands for."""
+  return jnp.asarray(rng.geometric(0.5, len(wanted)).astype(np.uint32) * np.asarray(wanted))
+
+
 @functools.cache
 def jit(name, kernels):
   return jax.jit(functools.partial(getattr(directories, name), kernels=kernels))
@@ -47,9 +52,10 @@ def test_find_and_claim(rows, ways, buckets, lanes):
   found = [make_directory(rows, ways, buckets)] * 2
   for step in range(6):
     ids, wanted = draw(rng, lanes, rows)
+    times = draw_times(rng, wanted)
     before = [jit('find', kernels)(d, ids, wanted) for kernels, d in zip((XLA, NATIVE), found, strict=True)]
     np.testing.assert_array_equal(*before)
-    claimed = [jit('claim', kernels)(d, ids, wanted, step) for kernels, d in zip((XLA, NATIVE), found, strict=True)]
+    claimed = [jit('claim', kernels)(d, ids, times, step) for kernels, d in zip((XLA, NATIVE), found, strict=True)]
     jax.tree.map(np.testing.assert_array_equal, *claimed)
     found = [directory for directory, _ in claimed]
     # Somebody must be able to claim again.
@@ -62,11 +68,12 @@ def test_find_and_claim(rows, ways, buckets, lanes):
 def test_bloom_add(size, lanes, limit, dtype):
   rng = np.random.default_rng(size)
   counters = [jnp.zeros((3, size), dtype)] * 2
-  adds = [jax.jit(kernels.add, static_argnums=(3, 4)) for kernels in (XLA, NATIVE)]
+  adds = [jax.jit(kernels.add, static_argnums=(4, 5)) for kernels in (XLA, NATIVE)]
   for _ in range(4):
     word = jnp.asarray(rng.integers(0, 2**32, (lanes, 2), dtype=np.uint32)[rng.zipf(1.5, lanes) % lanes])
     region = jnp.asarray(rng.integers(-1, 3, lanes, dtype=np.int32))
-    results = [add(c, word, region, 5, limit) for add, c in zip(adds, counters, strict=True)]
+    times = draw_times(rng, np.ones(lanes, bool))
+    results = [add(c, word, region, times, 5, limit) for add, c in zip(adds, counters, strict=True)]
     jax.tree.map(np.testing.assert_array_equal, *results)
     counters = [result[0] for result in results]
   assert counters[0].max() <= limit
@@ -93,7 +100,8 @@ rng = np.random.default_rng(0)
 key = rng.integers(0, 300, (70_000, 2), dtype=np.uint32)
 ids = Ids(key, rng.integers(0, 26, 70_000, dtype=np.uint32))
 result = claim(make_directory(60_000), ids, np.ones(70_000, bool), jnp.int32(5), NATIVE)
-counters, least = NATIVE.add(jnp.zeros((9, 10_000), jnp.uint8), key, key[:, 0].astype(np.int32) % 9, 7, 9)
+region, times = key[:, 0].astype(np.int32) % 9, np.ones(70_000, np.uint32)
+counters, least = NATIVE.add(jnp.zeros((9, 10_000), jnp.uint8), key, region, times, 7, 9)
 leaves = [*jax.tree.leaves(result), counters, least]
 print(hashlib.sha256(b''.join(np.asarray(leaf).tobytes() for leaf in leaves)).hexdigest())
 """
