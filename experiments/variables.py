@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from experiments import common, measurements
 from experiments.variables_tables import STATIC, render
 
-PARTS, SIZES = ('speed', 'quality'), ('full', 'small')
+PARTS, SIZES, RUNS = ('speed', 'quality'), ('full', 'small'), ('static', 'dynamic', 'counter')
 # Bytes: of a row beside the vector and its slots (which lane of a batch won it), and of an id in a directory.
 SCRATCH, ENTRY = 4, 16
 SLOTS = 2  # of Adam
@@ -177,7 +177,8 @@ def runs(args: argparse.Namespace) -> dict[str, tuple[str, dict[str, int]]]:
   most = int(computed(spec.embedding) * 1e9) // (row_bytes(spec.embedding) + ENTRY)
   rows = args.directory_rows or max(most // STEP, 1) * STEP
   counter = {'rows': rows // 4, 'admission.expected_ids': rows}
-  return {STATIC: ('base', {}), 'dynamic': ('dynamic', {'rows': rows}), 'counter of 3': ('counter', counter)}
+  all_ = {STATIC: ('base', {}), 'dynamic': ('dynamic', {'rows': rows}), 'counter of 3': ('counter', counter)}
+  return {name: run for name, run in all_.items() if name.split()[0] in args.runs}
 
 
 def quality(args: argparse.Namespace, config: str, fields: dict[str, int], output: Path) -> dict[str, Any]:
@@ -257,14 +258,16 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--samples', type=int, default=262_144, help='speed: of a pass (262,144)')
   parser.add_argument('--repetitions', type=int, default=3, help='speed (3)')
   parser.add_argument('--batch_size', type=int, default=512, help='quality (512)')
+  runs_help = f'quality: of {",".join(RUNS)}, which are the default'
+  parser.add_argument('--runs', type=words, default=RUNS, help=runs_help)
   parser.add_argument('--directory_rows', type=int, default=0, help='quality (in the memory of the static tables)')
   args = parser.parse_args(argv)
-  for name, known in (('parts', PARTS), ('sizes', SIZES)):
+  for name, known in (('parts', PARTS), ('sizes', SIZES), ('runs', RUNS)):
     if not set(getattr(args, name)) <= set(known):
       parser.error(f'--{name} {",".join(getattr(args, name))}: must be of {",".join(known)}')
   args.data = common.check_data(args.data, 'train.csv', *(['eval.csv'] if 'quality' in args.parts else []))
   about, load = common.about_data(args.data), common.load_before()
-  names = ('parts', 'sizes', 'batch_sizes', 'samples', 'repetitions', 'batch_size', 'directory_rows', 'buckets')
+  names = ('parts', 'sizes', 'batch_sizes', 'samples', 'repetitions', 'batch_size', 'runs', 'directory_rows', 'buckets')
   settings = {name: getattr(args, name) for name in names} | {'synthetic': about}
   record = {'machine': common.about_machine(None), 'load_before': load, 'settings': settings}
   record |= {'speed': {}, 'quality': {}, 'data': {}, 'failed': {}}

@@ -33,7 +33,7 @@ def test_computed_memory_is_that_of_the_arrays(size):
 
 
 def test_runs_without_a_vocabulary_take_no_more_memory_than_static_tables():
-  args = argparse.Namespace(data=Path('d'), buckets=0, batch_size=512, directory_rows=0)
+  args = argparse.Namespace(data=Path('d'), buckets=0, batch_size=512, directory_rows=0, runs=variables.RUNS)
   memory = {}
   for name, (config, fields) in variables.runs(args).items():
     admission = {'expected_ids': fields.get('admission.expected_ids', 1)}
