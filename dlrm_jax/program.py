@@ -70,10 +70,10 @@ def embeddings_of(
 ) -> Static:
   """The kind of tables that a spec names."""
   embedding = spec.embedding
-  parts = embedding, layout, tx, update_table, row_kernels, spec.seed, axis
+  kernels = directory.NATIVE if native else directory.XLA
+  parts = embedding, layout, tx, update_table, row_kernels, kernels, spec.seed, axis
   if embedding.kind not in KEYED:
     return KINDS[embedding.kind](*parts)
-  kernels = directory.NATIVE if native else directory.XLA
   options = embedding.admission
   share = options.expected_ids if embedding.fusion else -(-options.expected_ids // len(layout))
   admission = {
@@ -81,7 +81,7 @@ def embeddings_of(
     'counter': lambda make: make(options.threshold, share, kernels),
     'counting_bloom': lambda make: make(options.threshold, share, options.error_rate, options.bits, kernels),
   }[options.name](ADMISSIONS[options.name])
-  return KINDS[embedding.kind](*parts, admission, kernels)
+  return KINDS[embedding.kind](*parts, admission)
 
 
 def learning_rate(spec: OptimizerSpec) -> LearningRate:

@@ -68,6 +68,7 @@ class Static:
   tx: optax.GradientTransformation
   update_table: Callable[..., Table]  # (table, row i32[N], gradient f32[N, D], step=i32[]) -> table
   rows: RowKernels
+  directories: DirectoryKernels
   seed: int
   axis: Axis
 
@@ -112,7 +113,8 @@ class Static:
     all_, rows = self.everyones(batch), {}
     for name, table in self.layout.items():
       if self.is_routed(name):
-        rows[name] = exchange.route(self.axis, table.rows, table.resolve(batch.bucket, batch.weight))
+        row = table.resolve(batch.bucket, batch.weight)
+        rows[name] = exchange.route(self.axis, table.rows, row, self.directories)
       else:
         rows[name] = self.here(name, table.rows, table.resolve(all_.bucket, all_.weight))
     return Found(rows)
@@ -120,7 +122,7 @@ class Static:
   def on_the_way(self, name: str, rows: int, row: Int32[Array, 'b columns']) -> Any:
     """Lookups of this device's examples in a whole table of so many rows, as `Found.rows` has them."""
     if self.is_routed(name):
-      return exchange.route(self.axis, rows, row)
+      return exchange.route(self.axis, rows, row, self.directories)
     return self.here(name, rows, self.axis.gather(row))
 
   def is_routed(self, name: str) -> bool:
@@ -189,7 +191,6 @@ class Dynamic(Static):
   """Embedding variables: a row for every id that is admitted. Of `layout`, only the columns count."""
 
   admission: Admission
-  directories: DirectoryKernels
 
   def init(self) -> tuple[Tables, Vocabularies]:
     """See `Static.init`."""
