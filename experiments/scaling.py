@@ -39,8 +39,8 @@ COMPILE_ONCE = {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
 TIMED = 10  # devices at most, of which the tables' part is timed
 CALLS = 8  # of a collective in one program
 SWEEPING = 4  # a config whose Adam moves every row gets so many times fewer samples
-# Beyond the first, what is measured; the last is that of the machines predicted, too.
-NETWORKS = (Network(), Network(10e9 / 8), Network(1e9 / 8), Network(1e9 / 8, 0.5e-3), Network(10e9 / 8, 0.1e-3))
+# The first shows what the namespaces cost; the last is that of the machines predicted, too.
+NETWORKS = (Network(), Network(1e9 / 8), Network(1e9 / 8, 0.5e-3), Network(10e9 / 8, 0.1e-3))
 # The rows of the seed's table of distributed training.
 FRAMEWORKS = {
   'baseline': ("dlrm_jax, the community's settings", 'FP32'), 'base': ('dlrm_jax', 'FP32'),
@@ -228,19 +228,22 @@ def of_parts(config: str) -> str:
   return 'base' if config == 'bf16' else config
 
 
-def measure_speed(runs: Runs, configs: Sequence[str], shares: Sequence[int], speed: dict[str, Rates]) -> None:
-  """One more repetition of everything, into `speed`."""
+def measure_speed(
+  runs: Runs, configs: Sequence[str], shares: Sequence[int], first: bool, speed: dict[str, Rates]
+) -> None:
+  """One more repetition, into `speed`. The baseline, which is slow, is measured once, with the first share alone."""
   for config, share in itertools.product(configs, shares):
     if config == 'baseline' and share != shares[0]:
       continue
-    of = speed.setdefault(f'{config}, gather, {share}', {})
-    for processes in PROCESSES:
-      add(of, str(processes), runs.rate(config, share, processes), f'{config}, {share} examples')
-    add(of, 'apart', runs.apart(config, share), f'{config}, {share} examples, two apart')
-    if config == 'base':
+    of, what = speed.setdefault(f'{config}, gather, {share}', {}), f'{config}, {share} examples'
+    for processes in PROCESSES if first or config != 'baseline' else ():
+      add(of, str(processes), runs.rate(config, share, processes), what)
+    if first:
+      add(of, 'apart', runs.apart(config, share), what)
+    if first and config == 'base' and share == shares[0]:
       routed = speed.setdefault(f'{config}, all_to_all, {share}', {})
       for processes in PROCESSES[1:]:
-        add(routed, str(processes), runs.rate(config, share, processes, 'all_to_all'), f'{share} examples, all_to_all')
+        add(routed, str(processes), runs.rate(config, share, processes, 'all_to_all'), f'{what}, all_to_all')
 
 
 def add(rates: Rates, key: str, rate: float, what: str) -> None:
@@ -392,8 +395,8 @@ def main(argv: Sequence[str]) -> None:
   runs = Runs(data, args.buckets, args.samples)
   with tempfile.TemporaryDirectory() as cache, common.variables(COMPILE_ONCE | {'JAX_COMPILATION_CACHE_DIR': cache}):
     try:
-      for _ in range(args.repetitions):
-        measure_speed(runs, args.configs, args.shares, record['speed'])
+      for repetition in range(args.repetitions):
+        measure_speed(runs, args.configs, args.shares, not repetition, record['speed'])
       record['loopback'] = {'costs': runs.costs()}
       record['network'] = measure_networks(runs, 'base', args.shares[0])
       record |= measure_parts(runs, args.configs, args.devices, data)
