@@ -20,7 +20,8 @@ from jaxtyping import Int32
 NAME = 'devices'
 CUT = PartitionSpec(NAME)  # the leading axis of an array: examples of a batch, rows of a table
 WHOLE = PartitionSpec()  # every device has all of it
-# Numbers up to which a sum is sent at once. Gloo's own, a ring, takes two rounds a device, one after another.
+# Numbers at most that are sent to all devices at once, to be summed there. Gloo's own sum is a ring: messages that wait
+# for each other, two for each device.
 FEW = 4096
 
 
@@ -41,22 +42,20 @@ class Axis:
 
   def sum(self, tree: Any) -> Any:
     """The sum over the devices of each leaf. Its gradient is that of the sum of what all devices differentiate."""
-    return jax.lax.psum(tree, NAME) if self.mesh else tree
+    if not self.mesh:
+      return tree
+    whole = lambda x: self._all(x).sum(axis=0, dtype=x.dtype) if x.size <= FEW else jax.lax.psum(x, NAME)
+    return jax.tree.map(whole, tree)
 
   def sum_flat(self, tree: Any) -> Any:
     """As `sum`, of float32 leaves, in one message."""
     if not self.mesh:
       return tree
     leaves, structure = jax.tree.flatten(tree)
-    flat = jnp.concatenate([leaf.reshape(-1) for leaf in leaves])
-    flat = self._sum_at_once(flat) if flat.size <= FEW else self.sum(flat)
+    flat = self.sum(jnp.concatenate([leaf.reshape(-1) for leaf in leaves]))
     ends = list(itertools.accumulate(leaf.size for leaf in leaves))
     parts = [flat[end - leaf.size : end].reshape(leaf.shape) for leaf, end in zip(leaves, ends, strict=True)]
     return structure.unflatten(parts)
-
-  def _sum_at_once(self, x: Array) -> Array:
-    """The sum over the devices, in their order. Each sends all it has to every other one, and waits once."""
-    return self.swap(jnp.broadcast_to(x, (self.size, *x.shape))).sum(axis=0)
 
   def gather(self, tree: Any) -> Any:
     """The leaves of all devices, one after another along the leading axis."""
@@ -68,7 +67,11 @@ class Axis:
 
   def most(self, x: Array) -> Array:
     """The largest of the devices' numbers."""
-    return jax.lax.pmax(x, NAME) if self.mesh else x
+    return self._all(x).max(axis=0) if self.mesh else x
+
+  def _all(self, x: Array) -> Array:
+    """The few numbers of every device, [devices, ...]. Each sends them to all others at once, and waits once."""
+    return self.swap(jnp.broadcast_to(x, (self.size, *x.shape)))
 
   def swap(self, x: Array) -> Array:
     """Of each device the part of its leading axis that is for this one, one after another."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dlrm_jax.sharding import CUT, WHOLE
+from dlrm_jax.sharding import CUT, NAME, WHOLE
 from experiments import common, scaling, scaling_model
 from experiments.scaling_model import Cost, Network
 from experiments.scaling_network import Unavailable, namespaces
@@ -26,7 +26,7 @@ def test_collectives_are_counted_with_their_bytes():
   axis = devices(4)
 
   def step(x, y):
-    return axis.sum(x), axis.gather(y), axis.scatter_sum(jnp.tile(x, (4, 1))), axis.swap(jnp.tile(y, 8))
+    return jax.lax.psum(x, NAME), axis.gather(y), axis.scatter_sum(jnp.tile(x, (4, 1))), axis.swap(jnp.tile(y, 8))
 
   text = compiled(axis, step, (CUT, CUT), (WHOLE, WHOLE, CUT, CUT), jnp.ones((12, 5)), jnp.ones(8, jnp.int32))
   assert scaling_model.count(text) == {
@@ -42,7 +42,7 @@ def test_a_loop_counts_once_and_a_condition_by_one_of_its_branches():
 
   def step(x, rounds):
     x = jax.lax.fori_loop(0, rounds[0], lambda _, x: axis.swap(x), x)
-    return jax.lax.cond(rounds[0] > 1, lambda: axis.sum(axis.swap(x)), lambda: axis.sum(x))
+    return jax.lax.cond(rounds[0] > 1, lambda: jax.lax.psum(axis.swap(x), NAME), lambda: jax.lax.psum(x, NAME))
 
   text = compiled(axis, step, (CUT, WHOLE), CUT, jnp.ones(20), jnp.ones(1, jnp.int32))
   assert scaling_model.count(text) == {
