@@ -33,7 +33,7 @@ WARM_UP = 20  # steps that samples_per_second leaves out
 PROCESSES = (1, 2, 4)
 EXCHANGES = ('gather', 'all_to_all', 'none')  # none: every process holds all tables
 PARTS = 960  # of a table, so that those are cut among processes whose number divides it; else all hold them
-COUNTED = 512  # examples of a device, for counts and the tables' part
+TABLES_SHARE = 512  # examples of a device, for the tables' part
 SIZES = (4096, 2**21)  # bytes of results, about those of the batch statistics and of all gradients
 COMPILE_ONCE = {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
 TIMED = 10  # devices at most, of which the tables' part is timed
@@ -159,28 +159,34 @@ def prepare(devices: int, threads: int) -> None:
   main.prepare_process(threads)
 
 
-def program_and_batch(config: str, devices: int, embedding: dict[str, Any], data: Path, **fields: Any) -> Any:
-  """Of a step of so many devices with COUNTED examples each."""
+def program_and_batch(
+  config: str, devices: int, share: int, embedding: dict[str, Any], data: Path, **fields: Any
+) -> tuple[Any, Any]:
+  """Of a step of so many devices with so many examples each."""
   from dlrm_jax import sources
   from dlrm_jax.program import make_program
   from dlrm_jax.sharding import all_devices
 
-  batch_size = devices * COUNTED
-  spec = common.make_spec(config, data, 0, batch_size, no_eval=True, embedding=embedding, **fields)
+  spec = common.make_spec(config, data, 0, devices * share, no_eval=True, embedding=embedding, **fields)
   program = make_program(spec, all_devices())
   with sources.train_batches(sources.open_sources(spec), spec, sources.START, program.axis) as batches:
     return program, next(batches)[0]
 
 
-def collectives(config: str, devices: int, embedding: dict[str, Any], data: Path) -> dict[str, dict[str, int]]:
-  """What a step's carry, with XLA alone."""
+def collectives(
+  config: str, devices: int, shares: Sequence[int], embedding: dict[str, Any], data: Path
+) -> dict[str, scaling_model.Carried]:
+  """What those of a step carry, by share, with XLA alone."""
   prepare(devices, 0)
   from dlrm_jax.state import abstract_state
   from dlrm_jax.step import jit_train_step
 
-  program, batch = program_and_batch(config, devices, embedding, data, native=False)
-  compiled = jit_train_step(program).lower(abstract_state(program), batch).compile()
-  return scaling_model.count(compiled.as_text())
+  out = {}
+  for share in shares:
+    program, batch = program_and_batch(config, devices, share, embedding, data, native=False)
+    compiled = jit_train_step(program).lower(abstract_state(program), batch).compile()
+    out[str(share)] = scaling_model.count(compiled.as_text())
+  return out
 
 
 def tables_seconds(config: str, devices: int, embedding: dict[str, Any], data: Path) -> float:
@@ -191,7 +197,7 @@ def tables_seconds(config: str, devices: int, embedding: dict[str, Any], data: P
   from dlrm_jax.sharding import CUT
   from dlrm_jax.state import init_state, state_specs
 
-  program, batch = program_and_batch(config, devices, embedding, data)
+  program, batch = program_and_batch(config, devices, TABLES_SHARE, embedding, data)
   embeddings, specs = program.embeddings, state_specs(program)
 
   def part(tables: Any, batch: Any) -> Any:
@@ -208,7 +214,9 @@ def tables_seconds(config: str, devices: int, embedding: dict[str, Any], data: P
   return statistics.median(seconds[2:])
 
 
-def measure_parts(runs: Runs, configs: Sequence[str], devices: Sequence[int], data: Path) -> dict[str, Any]:
+def measure_parts(
+  runs: Runs, configs: Sequence[str], shares: Sequence[int], devices: Sequence[int], data: Path
+) -> dict[str, Any]:
   """The counts and the tables' part, by config and exchange. The config bf16 has those of base."""
   out: dict[str, Any] = {'collectives': {}, 'tables': {}}
   for config in dict.fromkeys(of_parts(config) for config in configs):
@@ -217,7 +225,8 @@ def measure_parts(runs: Runs, configs: Sequence[str], devices: Sequence[int], da
       common.say(f'parts of {name}')
       may = [count for count in devices if exchange == 'none' or PARTS % count == 0]
       few = [count for count in may if count <= TIMED]
-      carried = {str(count): common.in_process(collectives, config, count, *arguments) for count in may}
+      of = shares if config == 'base' else shares[:1]
+      carried = {str(count): common.in_process(collectives, config, count, of, *arguments) for count in may}
       tables = {str(count): common.in_process(tables_seconds, config, count, *arguments) for count in (1, *few)}
       out['collectives'][name], out['tables'][name] = carried, tables
   return out
@@ -297,9 +306,8 @@ def predict(
   tables = {int(count): seconds for count, seconds in record['tables'][parts].items()}
   costs = record['network' if where == 'namespaces' else 'loopback']['costs']
   seconds = scaling_model.step_seconds(
-    work + scaling_model.growth(tables, processes) * int(share) / COUNTED,
-    scaling_model.of_share(record['collectives'][parts][str(processes)], int(share), COUNTED),
-    {kind: Cost(*cost) for kind, cost in costs.items()},
+    work + scaling_model.growth(tables, processes) * int(share) / TABLES_SHARE,
+    record['collectives'][parts][str(processes)][share], {kind: Cost(*cost) for kind, cost in costs.items()},
     processes, record['machine']['cores'] if beside else processes, network,
   )  # fmt: skip
   predicted, measured = processes * int(share) / seconds, statistics.median(rates) if rates else None
@@ -342,14 +350,15 @@ def render_model(predicted: Sequence[dict[str, Any]]) -> str:
   return common.table(header, rows)
 
 
-def render_carried(collectives_: dict[str, dict[str, scaling_model.Carried]]) -> str:
+def render_carried(collectives_: dict[str, dict[str, dict[str, scaling_model.Carried]]]) -> str:
   """What a step's collectives carry."""
   rows = [
-    [*name.split(', '), devices, *(f'{of[kind]["times"]} x, {of[kind]["bytes"] / 1e6:.2f} MB' if kind in of else ''
+    [*name.split(', '), devices, share, *(f'{of[kind]["times"]} x, {of[kind]["bytes"] / 1e6:.2f} MB' if kind in of else ''
                                    for kind in KINDS)]
-    for name, by_devices in collectives_.items() for devices, of in by_devices.items()
+    for name, by_devices in collectives_.items() for devices, by_share in by_devices.items()
+    for share, of in by_share.items()
   ]  # fmt: skip
-  return common.table(['config', 'exchange', 'devices', *KINDS], rows)
+  return common.table(['config', 'exchange', 'devices', 'examples of a device', *KINDS], rows)
 
 
 def render_frameworks(record: dict[str, Any], predicted: Sequence[dict[str, Any]]) -> str:
@@ -399,7 +408,7 @@ def main(argv: Sequence[str]) -> None:
         measure_speed(runs, args.configs, args.shares, not repetition, record['speed'])
       record['loopback'] = {'costs': runs.costs()}
       record['network'] = measure_networks(runs, 'base', args.shares[0])
-      record |= measure_parts(runs, args.configs, args.devices, data)
+      record |= measure_parts(runs, args.configs, args.shares, args.devices, data)
     except common.Failed as error:
       raise SystemExit(f'error: {error}') from None
   record['predictions'] = predictions(record)

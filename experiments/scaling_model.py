@@ -131,11 +131,3 @@ def growth(seconds: Mapping[int, float], devices: int) -> float:
   low, high = sorted(seconds)[-2:]
   slope = (seconds[high] - seconds[low]) / (high - low)
   return seconds[high] + slope * (devices - high) - seconds[1]
-
-
-def of_share(carried: Carried, share: int, counted: int) -> dict[str, dict[str, float]]:
-  """What was counted with one share, for another: all grows with it but what is all-reduced, gradients and sums."""
-  return {
-    kind: {'times': of['times'], 'bytes': of['bytes'] * (1 if kind == 'all-reduce' else share / counted)}
-    for kind, of in carried.items()
-  }

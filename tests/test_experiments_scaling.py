@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dlrm_jax.embeddings import layout
 from dlrm_jax.sharding import CUT, NAME, WHOLE
 from experiments import common, scaling, scaling_model
 from experiments.scaling_model import Cost, Network
@@ -89,6 +90,10 @@ def test_a_step_by_hand():
   assert of(8, Network(1e8, 1e-3)) == pytest.approx(20e-3 + cores + wire)
 
 
+def test_tables_are_cut_where_the_model_says_so():
+  assert layout.PARTS == scaling.PARTS
+
+
 def test_growth_is_as_measured_and_then_goes_on_in_a_line():
   seconds = {1: 2.0, 2: 3.0, 4: 5.0, 10: 6.5}
   assert scaling_model.growth(seconds, 4) == 3.0
@@ -97,7 +102,7 @@ def test_growth_is_as_measured_and_then_goes_on_in_a_line():
 
 def record():
   """Of two cores, where a step costs its work, and its one all-reduce only what a network takes for it."""
-  all_reduce = {'all-reduce': {'times': 1, 'bytes': 100}}
+  all_reduce = {'512': {'all-reduce': {'times': 1, 'bytes': 100}}}
   rates = {'1': [512.0], '2': [960.0, 800.0, 900.0], '4': [1024.0], 'apart': [1024.0]}
   routed = {'2': [500.0], '4': [600.0]}
   return {
@@ -146,7 +151,7 @@ def test_the_tables_say_what_is_measured_and_by_which_exchange():
   assert '| base | gather | 512 | 512 | 900 | 1,024 | 1,024 | 1.76 | 1.14 |' in text
   assert '| base | all_to_all | 512 |  | 500 | 600 |  |  | 1.20 |' in text
   assert '| base | gather | 512 | 2, loopback | no limit, 0 ms | 900 | 1,024 | +14% |' in text
-  assert '| base | gather | 10 | 1 x, 0.00 MB |  |  |  |' in text
+  assert '| base | gather | 10 | 512 | 1 x, 0.00 MB |  |  |  |' in text
   assert '| 2 processes | dlrm_jax | gloo | gather | FP32 | 900 (2.00x) | measured |' in text
   place = '10 machines of one core, 10 Gbit/s, 0.1 ms'
   assert f'| {place} | dlrm_jax | gloo | all_to_all | FP32+BF16 | 4,090 (1.60x) | predicted |' in text
