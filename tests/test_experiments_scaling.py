@@ -11,7 +11,7 @@ import pytest
 
 from dlrm_jax.embeddings import layout
 from dlrm_jax.sharding import CUT, NAME, WHOLE
-from experiments import common, scaling, scaling_model
+from experiments import common, scaling, scaling_model, scaling_tables
 from experiments.scaling_model import Cost, Network
 from experiments.scaling_network import Unavailable, namespaces
 from tests.helpers import devices
@@ -129,9 +129,8 @@ def record():
 
 
 def test_predictions_stand_beside_what_was_measured():
-  rows = {
-    (row['config'], row['exchange'], row['processes'], row['where']): row for row in scaling.predictions(record())
-  }
+  predicted = scaling_tables.predictions(record())
+  rows = {(row['config'], row['exchange'], row['processes'], row['where']): row for row in predicted}
   two = rows['base', 'gather', 2, 'loopback']
   assert (two['measured'], two['predicted']) == (900, 1024)  # a second each, and 512 examples
   assert two['error'] == pytest.approx(1024 / 900 - 1)
@@ -147,7 +146,7 @@ def test_predictions_stand_beside_what_was_measured():
 
 
 def test_the_tables_say_what_is_measured_and_by_which_exchange():
-  text = scaling.render(json.loads(json.dumps(record())))
+  text = scaling_tables.render(json.loads(json.dumps(record())))
   assert '| base | gather | 512 | 512 | 900 | 1,024 | 1,024 | 1.76 | 1.14 |' in text
   assert '| base | all_to_all | 512 |  | 500 | 600 |  |  | 1.20 |' in text
   assert '| base | gather | 512 | 2, loopback | no limit, 0 ms | 900 | 1,024 | +14% |' in text
@@ -159,7 +158,7 @@ def test_the_tables_say_what_is_measured_and_by_which_exchange():
 
 
 def test_without_namespaces_the_tables_say_so():
-  text = scaling.render(record() | {'network': {'skipped': 'no network namespaces: ip netns: refused'}})
+  text = scaling_tables.render(record() | {'network': {'skipped': 'no network namespaces: ip netns: refused'}})
   assert 'no network namespaces: ip netns: refused' in text
   assert 'Gbit/s, 0.5 ms' not in text
 
