@@ -3,10 +3,10 @@
 - *speed*: the program itself under its launcher, from the CSV: one process on one core, two on a core each, four on the
   two cores. The batch of a process is the same in all, so twice the processes do twice the work in a step.
 - *network*: the same in network namespaces, with limited bandwidth and delay (scaling_network.py).
-- *model*: what each of these should take (scaling_model.py), from parts measured alone (scaling_parts.py): one process, and two that know
-  nothing of each other; the collectives alone, between two processes; what a step's collectives carry, counted in the
-  program that XLA compiled for so many devices; the tables' part of a step among so many devices. Then 10 machines and
-  more, of one such core each.
+- *model*: what each of these should take (scaling_model.py), from parts measured alone (scaling_parts.py): one process,
+  and two that know nothing of each other; the collectives alone, between two processes; what a step's collectives
+  carry, counted in the program that XLA compiled for so many devices; the tables' part of a step among so many devices.
+  Then 10 machines and more, of one such core each.
 
 Repetitions are interleaved. The machine must be idle.
 """
@@ -25,6 +25,7 @@ from experiments import common, scaling_model, scaling_parts
 from experiments.scaling_model import Cost, Network
 from experiments.scaling_network import Unavailable, namespaces
 from experiments.scaling_tables import (
+  CORES,
   EXCHANGES,
   FRAMEWORKS,
   NETWORKS,
@@ -58,7 +59,7 @@ class Runs:
     self, config: str, share: int, processes: int, exchange: str = 'gather', inside: Sequence[str] = (), core: int = 0
   ) -> float:
     """Samples/s of so many processes with `share` examples each, in namespaces if `inside`; from this core on."""
-    cores = sorted(os.sched_getaffinity(0))[core:][: min(processes, common.CORES)]
+    cores = sorted(os.sched_getaffinity(0))[core:][: min(processes, CORES)]
     steps = WARM_UP + max(5, self._samples // (SWEEPING if config == 'baseline' else 1) // share)
     with tempfile.TemporaryDirectory() as output:
       fields = {
@@ -87,7 +88,7 @@ class Runs:
 
   def costs(self, inside: Sequence[str] = ()) -> dict[str, Cost]:
     """By kind, from two processes that do nothing but collectives."""
-    cores = sorted(os.sched_getaffinity(0))[:2]
+    cores = sorted(os.sched_getaffinity(0))[:CORES]
     program = ('-c', 'from experiments import scaling_parts; scaling_parts.time_collectives()')
     seconds = self.launch(2, cores, program, inside)
     return {kind: scaling_model.fit(kind, *zip(scaling_parts.SIZES, of, strict=True)) for kind, of in seconds.items()}
@@ -167,6 +168,8 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument('--devices', type=common.numbers, default=(2, 4, 10, 96, 100), help=text)
   args = parser.parse_args(argv)
   data = common.check_data(args.data, 'train.csv')
+  if common.CORES < CORES:
+    raise SystemExit(f'error: this needs {CORES} cores, and may use {common.CORES}')
   record: dict[str, Any] = {
     'machine': common.about_machine(None), 'load_before': common.load_before(), 'data': common.about_data(data),
     'buckets': args.buckets, 'samples': args.samples, 'devices': sorted({*PROCESSES[1:], *args.devices}), 'speed': {},
@@ -177,7 +180,7 @@ def main(argv: Sequence[str]) -> None:
       for repetition in range(args.repetitions):
         measure_speed(runs, args.configs, args.shares, not repetition, record['speed'])
       record['loopback'] = {'costs': runs.costs()}
-      record['network'] = measure_networks(runs, 'base', args.shares[0])
+      record['network'] = measure_networks(runs, 'base' if 'base' in args.configs else args.configs[0], args.shares[0])
       record |= measure_parts(runs, args.configs, args.shares, record['devices'], data)
     except common.Failed as error:
       raise SystemExit(f'error: {error}') from None

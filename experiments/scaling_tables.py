@@ -10,6 +10,7 @@ from experiments import common, scaling_model
 from experiments.scaling_model import KINDS, Cost, Network
 from experiments.scaling_parts import TABLES_SHARE
 
+CORES = 2  # that all processes of this machine divide, however many it has
 PROCESSES = (1, 2, 4)
 EXCHANGES = ('gather', 'all_to_all', 'none')  # none: every process holds all tables
 # The first shows what the namespaces cost; the last is that of the machines predicted, too.
@@ -54,7 +55,7 @@ def predict(
   seconds = scaling_model.step_seconds(
     work + scaling_model.growth(tables, processes) * int(share) / TABLES_SHARE,
     record['collectives'][parts][str(processes)][share], {kind: Cost(*cost) for kind, cost in costs.items()},
-    processes, record['machine']['cores'] if beside else processes, network,
+    processes, CORES if beside else processes, network,
   )  # fmt: skip
   predicted, measured = processes * int(share) / seconds, statistics.median(rates) if rates else None
   return {

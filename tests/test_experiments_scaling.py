@@ -106,7 +106,7 @@ def record():
   rates = {'1': [512.0], '2': [960.0, 800.0, 900.0], '4': [1024.0], 'apart': [1024.0]}
   routed = {'2': [500.0], '4': [600.0]}
   return {
-    'machine': {'cores': 2}, 'devices': (2, 4, 10),
+    'devices': (2, 4, 10),
     'speed': {
       'baseline, gather, 512': {name: [rate / 2 for rate in of] for name, of in rates.items()},
       'base, gather, 512': rates, 'base, all_to_all, 512': routed, 'bf16, gather, 512': rates,
