@@ -20,6 +20,9 @@ from jaxtyping import Int32
 NAME = 'devices'
 CUT = PartitionSpec(NAME)  # the leading axis of an array: examples of a batch, rows of a table
 WHOLE = PartitionSpec()  # every device has all of it
+# Numbers at most that are sent to all devices at once, to be summed there. Gloo's own sum is a ring: messages that wait
+# for each other, two for each device.
+FEW = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,10 @@ class Axis:
 
   def sum(self, tree: Any) -> Any:
     """The sum over the devices of each leaf. Its gradient is that of the sum of what all devices differentiate."""
-    return jax.lax.psum(tree, NAME) if self.mesh else tree
+    if not self.mesh:
+      return tree
+    whole = lambda x: self._all(x).sum(axis=0, dtype=x.dtype) if x.size <= FEW else jax.lax.psum(x, NAME)
+    return jax.tree.map(whole, tree)
 
   def sum_flat(self, tree: Any) -> Any:
     """As `sum`, of float32 leaves, in one message."""
@@ -61,7 +67,11 @@ class Axis:
 
   def most(self, x: Array) -> Array:
     """The largest of the devices' numbers."""
-    return jax.lax.pmax(x, NAME) if self.mesh else x
+    return self._all(x).max(axis=0) if self.mesh else x
+
+  def _all(self, x: Array) -> Array:
+    """The few numbers of every device, [devices, ...]. Each sends them to all others at once, and waits once."""
+    return self.swap(jnp.broadcast_to(x, (self.size, *x.shape)))
 
   def swap(self, x: Array) -> Array:
     """Of each device the part of its leading axis that is for this one, one after another."""

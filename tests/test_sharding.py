@@ -11,7 +11,7 @@ from dlrm_jax.embeddings import exchange
 from dlrm_jax.embeddings.layout import BLOCK, PARTS, TableLayout
 from dlrm_jax.optim import bits
 from dlrm_jax.program import make_program
-from dlrm_jax.sharding import CUT, NAME, WHOLE, Axis
+from dlrm_jax.sharding import CUT, FEW, NAME, WHOLE, Axis
 from dlrm_jax.state import abstract_state, init_state, state_specs
 from dlrm_jax.step import jit_predict, jit_train_step
 from dlrm_jax.structs import Batch
@@ -237,3 +237,22 @@ def test_batches_are_padded_to_what_the_devices_can_share_out():
   assert put.label.shape == (32,)
   np.testing.assert_array_equal(put.weight[:30], batch.weight)
   assert not np.asarray(put.weight[30:]).any()
+
+
+@pytest.mark.parametrize('number', [2, 4])
+@pytest.mark.parametrize('size', [3, FEW - 2, FEW])
+def test_sums_of_few_and_of_many_numbers_are_those_of_numpy_with_their_gradients(number, size):
+  """The gradient of one device's numbers is the sum of what all devices ask of the sum."""
+  axis, rng = devices(number), np.random.default_rng(7)
+  many, two = rng.normal(size=(number, size)).astype(np.float32), rng.normal(size=(number, 2)).astype(np.float32)
+  asked = rng.normal(size=(number, size)).astype(np.float32)
+
+  def both(many, two, asked):
+    sums, vjp = jax.vjp(lambda many, two: axis.sum_flat({'a': many[0], 'b': two[0]}), many, two)
+    return sums, vjp({'a': asked[0], 'b': jnp.ones(2)})
+
+  sums, (of_many, of_two) = axis.over(both, CUT, (WHOLE, CUT))(many, two, asked)
+  np.testing.assert_allclose(sums['a'], many.sum(0), rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(sums['b'], two.sum(0), rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(of_many, np.tile(asked.sum(0), (number, 1)), rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(of_two, np.full((number, 2), number), rtol=1e-5)
