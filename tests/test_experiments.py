@@ -278,6 +278,7 @@ def data(tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
 def test_training_is_measured_in_memory_and_from_the_csv(data):
   rates = measurements.train('bf16', data, 50, (256, 128), 300, {'model': {'interaction': 'dot'}})
   assert sorted(rates) == [128, 256]
@@ -287,6 +288,7 @@ def test_training_is_measured_in_memory_and_from_the_csv(data):
     measurements.train('base', data, 50, (4096,), 300)
 
 
+@pytest.mark.slow
 def test_parts_of_a_step_are_measured(data):
   parts = step_parts.measure('base', data, 50, (128,), 'cat', 300, seconds=0.0)
   assert list(parts) == ['128']

@@ -43,6 +43,7 @@ def test_runs_without_a_vocabulary_take_no_more_memory_than_static_tables():
   assert memory['counter of 3'] < memory['static']
 
 
+@pytest.mark.slow
 def test_speed_counts_new_ids_and_growths(data):
   fields = {'kind': 'dynamic', 'rows': 8192}
   of = variables.speed(fields, passes=1, data=data, batch_size=50, samples=2000)

@@ -82,7 +82,7 @@ def test_a_missing_folder_is_one_line(tmp_path, repository):
   assert 'Traceback' not in err
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_polite_signal_saves_and_the_resumed_run_has_the_same_bits(number, criteo, tmp_path, repository):
   fields = {'epochs': 60, 'no_eval': True, 'log_every': 20}
   arguments = small_command(criteo, tmp_path, **fields, checkpoint=tmp_path / 'a')

@@ -140,7 +140,7 @@ def _best(row, axis, wanted, used):
   return max(values, key=lambda value: (new(value), value not in SLOW, -often(value)))
 
 
-def quick(rows, count=3):
+def quick(rows, count=2):
   """Few rows with as many values as so few can have."""
   rows, seen, out = [row for row in rows if not {*SLOW} & {*row.values()}], set(), []
   for _ in range(count):

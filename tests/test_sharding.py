@@ -69,7 +69,7 @@ def trained(case, number):
   return losses, jax.device_get(state), logit[weight > 0]
 
 
-QUICK = ('static', 'network', 'all to all', 'counter', 'adaptive')
+QUICK = ('network', 'counter')
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,8 @@ def lookup_and_update(program, state, batch, gradient):
       pytest.param('static', name, marks=pytest.mark.slow)
       for name in ('adam', 'adagraddecay', 'adagrad', 'gradientdescent')
     ),
-    *((case, 'adamasync') for case in ('static', 'bfloat16', 'dynamic', 'adaptive')),
+    *((case, 'adamasync') for case in ('static', 'dynamic')),
+    *(pytest.param(case, 'adamasync', marks=pytest.mark.slow) for case in ('bfloat16', 'adaptive')),
   ],
 )
 def test_lookup_and_update_have_the_same_bits_on_any_number_of_devices(case, optimizer):
@@ -129,8 +130,11 @@ def test_lookup_and_update_have_the_same_bits_on_any_number_of_devices(case, opt
     jax.tree.map(np.testing.assert_array_equal, result, results[0])
 
 
-@pytest.mark.parametrize('box', [None, 5], ids=['one round', 'many rounds'])
-@pytest.mark.parametrize('case', ['static', 'bfloat16', 'dynamic', 'counter', 'bloom', 'width', 'adaptive'])
+@pytest.mark.parametrize(('case', 'box'), [
+  pytest.param(case, box, marks=() if (case, box) in (('static', 5), ('adaptive', 5)) else pytest.mark.slow,
+               id=f'{case}, {"many rounds" if box else "one round"}')
+  for case in ('static', 'bfloat16', 'dynamic', 'counter', 'bloom', 'width', 'adaptive') for box in (None, 5)
+])  # fmt: skip
 def test_all_to_all_is_gather_but_for_the_order_of_sums(case, box, monkeypatch):
   if box:
     monkeypatch.setattr(exchange, 'capacity', lambda lookups, devices: box)
@@ -155,7 +159,7 @@ def test_all_to_all_is_gather_but_for_the_order_of_sums(case, box, monkeypatch):
     assert known['fused'].counts.admitted.sum() > 100
 
 
-@pytest.mark.parametrize('kind', ['static', 'dynamic', 'adaptive'])
+@pytest.mark.parametrize('kind', ['static', 'dynamic', pytest.param('adaptive', marks=pytest.mark.slow)])
 def test_all_to_all_copies_no_table(kind):
   fields = {'embedding__kind': kind, 'embedding__buckets': (40_000,), 'embedding__rows': 26 * 40_000}
   fields |= COUNTER if kind == 'adaptive' else {}

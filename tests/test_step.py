@@ -65,7 +65,8 @@ def close(a, b, **tolerance):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
 
 
-@pytest.mark.parametrize('optimizer', ['adamasync', 'adagraddecay'])  # slots with and without a leaf of width 1
+# Slots without and with a leaf of width 1.
+@pytest.mark.parametrize('optimizer', [pytest.param('adamasync', marks=pytest.mark.slow), 'adagraddecay'])
 def test_one_table_or_26_give_the_same_bits(optimizer):
   fused, fused_losses = run(optimizer__name=optimizer)
   single, single_losses = run(optimizer__name=optimizer, embedding__fusion=False)
@@ -76,8 +77,10 @@ def test_one_table_or_26_give_the_same_bits(optimizer):
   close(fused.params, single.params, atol=0)
 
 
-@pytest.mark.parametrize('interaction', ['cat', 'dot'])
-@pytest.mark.parametrize('padding', [0, 7])
+@pytest.mark.parametrize(
+  ('padding', 'interaction'),
+  [(7, 'dot'), (0, 'cat'), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((7, 'cat'), (0, 'dot')))],
+)
 def test_slices_give_the_numbers_of_the_whole_batch(interaction, padding):
   whole, losses = run(padding=padding, model__interaction=interaction)
   sliced, sliced_losses = run(padding=padding, model__interaction=interaction, micro_batch=4)

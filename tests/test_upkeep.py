@@ -56,9 +56,10 @@ RUNS = {
   'bloom_short_width': BLOOM | SHORT | WIDTH | {'optimizer__name': 'adam', 'micro_batch': 4},
   'adaptive_old_width': ADAPTIVE | OLD | WIDTH | {'optimizer__name': 'adagrad'},
 }
+NAMES = [pytest.param(name, marks=() if name == 'adaptive_old_width' else pytest.mark.slow) for name in sorted(RUNS)]
 
 
-@pytest.mark.parametrize('name', sorted(RUNS))
+@pytest.mark.parametrize('name', NAMES)
 def test_a_stopped_run_equals_an_unstopped_one_bit_for_bit(criteo, tmp_path, name):
   fields = VARIABLES | RUNS[name]
   for folder, stops in (('whole', (30,)), ('stopped', (23, 30))):
@@ -99,7 +100,7 @@ def test_tables_grow_until_all_ids_have_their_row(criteo, tmp_path, caplog):
 COUNTED = ('lookups', 'admitted', 'refused', 'unplaced', 'evicted')
 
 
-@pytest.mark.parametrize('fusion', [True, False])
+@pytest.mark.parametrize('fusion', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_counts_of_each_column_are_those_of_plain_python(criteo, tmp_path, fusion):
   fields = VARIABLES | COUNTER | OLD | {'embedding__fusion': fusion, 'embedding__admission__threshold': 2}
   spec = small_spec(criteo, tmp_path, **fields)
@@ -180,7 +181,7 @@ def test_a_limit_below_the_first_tables_is_one_line(criteo, tmp_path):
     train.run(small_spec(criteo, tmp_path, **VARIABLES, embedding__memory_gb=1e-4))
 
 
-@pytest.mark.parametrize('name', sorted(RUNS))
+@pytest.mark.parametrize('name', NAMES)
 def test_ids_keep_their_vectors_in_another_capacity(criteo, tmp_path, name):
   fields = VARIABLES | RUNS[name]
   spec = small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'c'), steps=30, **fields)
@@ -223,6 +224,7 @@ def test_a_checkpoint_that_counted_otherwise_is_one_line(criteo, tmp_path):
   assert '\n' not in str(error.value)
 
 
+@pytest.mark.slow  # to compile 26 tables takes a minute
 @pytest.mark.parametrize('kind', [{}, COUNTER, ADAPTIVE], ids=['always', 'counter', 'adaptive'])
 def test_one_table_or_26_give_the_same_numbers_and_evaluation_changes_nothing(criteo, tmp_path, kind):
   losses = {}

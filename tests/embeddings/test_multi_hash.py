@@ -351,7 +351,7 @@ def test_a_checkpoint_of_another_split_is_one_clear_line(criteo, tmp_path, capsy
     train.run(small_spec(criteo, tmp_path, **fields | {'embedding__kind': 'static'}))
 
 
-@pytest.mark.parametrize('fusion', [True, False])
+@pytest.mark.parametrize('fusion', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_inspector_tells_of_both_parts(criteo, tmp_path, capsys, fusion):
   fields = FIELDS | {'embedding__multi_hash__operation': 'concat', 'embedding__fusion': fusion, 'no_eval': True}
   trained(capsys, small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), steps=1, **fields))
