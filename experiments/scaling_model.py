@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 NUMBER = {'f32': 4, 's32': 4, 'u32': 4, 'bf16': 2, 'u16': 2, 'pred': 1}
+SELDOM = 'further_rounds'  # that of embeddings/exchange.py, which would start JAX before its devices are known
 KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all')
 # An operation of XLA's that devices do together, with its results: a shape, or several in parentheses.
 COLLECTIVE = re.compile(rf'= (\([^()]*\)|[^() ]+) ({"|".join(KINDS)})(?:-start)?\(')
@@ -54,7 +55,7 @@ class Network(NamedTuple):
 def count(program: str) -> dict[str, dict[str, int]]:
   """Kind -> {'times', 'bytes'} of a step's collectives, by their results, in the text of a compiled program.
 
-  A loop counts once, and of a condition's branches the one that sends most.
+  A loop counts once, of a condition's branches the one that sends most, and what `exchange.SELDOM` names not at all.
   """
   bodies = {name: body for _, name, body in COMPUTATION.findall(program)}
   (entry,) = [name for is_entry, name, _ in COMPUTATION.findall(program) if is_entry]
@@ -62,6 +63,8 @@ def count(program: str) -> dict[str, dict[str, int]]:
   def of(name: str) -> Counter:
     found: Counter = Counter()
     for line in bodies[name].splitlines():
+      if SELDOM in line:
+        continue
       for shapes, kind in COLLECTIVE.findall(line):
         found[kind, 'times'] += 1
         for number, axes in SHAPE.findall(shapes):

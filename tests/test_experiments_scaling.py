@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dlrm_jax.embeddings import layout
+from dlrm_jax.embeddings import exchange, layout
 from dlrm_jax.sharding import CUT, NAME, WHOLE
 from experiments import common, scaling, scaling_model, scaling_tables
 from experiments.scaling_model import Cost, Network
@@ -17,6 +17,19 @@ from experiments.scaling_network import Unavailable, namespaces
 from tests.helpers import devices
 
 FREE = dict.fromkeys(scaling_model.KINDS, Cost(0, 0))
+
+
+def test_what_most_steps_leave_out_is_not_counted():
+  axis = devices(4)
+
+  def step(x):
+    with jax.named_scope(exchange.SELDOM):
+      return jax.lax.fori_loop(0, jnp.int32(x[0]), lambda _, x: axis.swap(x), x)
+
+  text = compiled(axis, step, CUT, CUT, jnp.ones(16))
+  assert 'all-to-all(' in text
+  assert scaling_model.SELDOM == exchange.SELDOM
+  assert scaling_model.count(text) == {}
 
 
 def compiled(axis, step, in_specs, out_specs, *arguments):

@@ -20,6 +20,8 @@ from dlrm_jax.native.directory import DirectoryKernels
 from dlrm_jax.sharding import Axis
 from dlrm_jax.structs import Table
 
+SELDOM = 'further_rounds'  # in the names of operations that most steps leave out
+
 
 class Route(NamedTuple):
   """The way of a device's K lookups in one table: to the owners of what they look up, which are K things at most."""
@@ -160,7 +162,8 @@ def hand_over(
   # Two loops, of which one runs, once: a `cond` would copy the state.
   one_round = (way.rounds <= 1).astype(jnp.int32)
   carry = jax.lax.fori_loop(0, one_round, lambda _, carry: in_rounds(1, carry[0]), (state, empty))
-  return jax.lax.fori_loop(0, 1 - one_round, lambda _, carry: in_rounds(-(-len(way.row) // box), carry[0]), carry)
+  with jax.named_scope(SELDOM):
+    return jax.lax.fori_loop(0, 1 - one_round, lambda _, carry: in_rounds(-(-len(way.row) // box), carry[0]), carry)
 
 
 def by_lookup(way: Route, values: Array, nothing: int = 0) -> Array:
