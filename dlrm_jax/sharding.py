@@ -20,14 +20,18 @@ from jaxtyping import Int32
 NAME = 'devices'
 CUT = PartitionSpec(NAME)  # the leading axis of an array: examples of a batch, rows of a table
 WHOLE = PartitionSpec()  # every device has all of it
-# Numbers at most that are sent to all devices at once, to be summed there. Gloo's own sum is a ring: messages that wait
-# for each other, two for each device.
+# Numbers at most whose sum every device takes of all; of more, it takes that of its part, and tells the others.
 FEW = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-  """The devices of a mesh with one axis, in order; without a mesh, one device."""
+  """The devices of a mesh with one axis, in order; without a mesh, one device.
+
+  All words are made of `swap`, in which a device sends to all others at once and waits once. Gloo's sums and gathers go
+  round a ring, in messages that wait for each other, and took up to three times as long. So sums are in the order of
+  the devices.
+  """
 
   mesh: Mesh | AbstractMesh | None = None
 
@@ -42,10 +46,13 @@ class Axis:
 
   def sum(self, tree: Any) -> Any:
     """The sum over the devices of each leaf. Its gradient is that of the sum of what all devices differentiate."""
-    if not self.mesh:
-      return tree
-    whole = lambda x: self._all(x).sum(axis=0, dtype=x.dtype) if x.size <= FEW else jax.lax.psum(x, NAME)
-    return jax.tree.map(whole, tree)
+    return jax.tree.map(self._sum, tree) if self.mesh else tree
+
+  def _sum(self, x: Array) -> Array:
+    if x.size <= FEW:
+      return self._all(x).sum(axis=0, dtype=x.dtype)
+    flat = jnp.pad(x.reshape(-1), (0, -x.size % self.size))
+    return self.gather(self.scatter_sum(flat))[: x.size].reshape(x.shape)
 
   def sum_flat(self, tree: Any) -> Any:
     """As `sum`, of float32 leaves, in one message."""
@@ -59,18 +66,21 @@ class Axis:
 
   def gather(self, tree: Any) -> Any:
     """The leaves of all devices, one after another along the leading axis."""
-    return jax.lax.all_gather(tree, NAME, tiled=True) if self.mesh else tree
+    together = lambda x: self._all(x).reshape(-1, *x.shape[1:])
+    return jax.tree.map(together, tree) if self.mesh else tree
 
   def scatter_sum(self, x: Array) -> Array:
     """This device's part of the leading axis of the sum over the devices."""
-    return jax.lax.psum_scatter(x, NAME, tiled=True) if self.mesh else x
+    if not self.mesh:
+      return x
+    return self.swap(x).reshape(self.size, -1, *x.shape[1:]).sum(axis=0, dtype=x.dtype)
 
   def most(self, x: Array) -> Array:
     """The largest of the devices' numbers."""
     return self._all(x).max(axis=0) if self.mesh else x
 
   def _all(self, x: Array) -> Array:
-    """The few numbers of every device, [devices, ...]. Each sends them to all others at once, and waits once."""
+    """That of every device, [devices, ...]."""
     return self.swap(jnp.broadcast_to(x, (self.size, *x.shape)))
 
   def swap(self, x: Array) -> Array:

@@ -4,7 +4,7 @@
   two cores. The batch of a process is the same in all, so twice the processes do twice the work in a step.
 - *network*: the same in network namespaces, with limited bandwidth and delay (scaling_network.py).
 - *model*: what each of these should take (scaling_model.py), from parts measured alone (scaling_parts.py): one process,
-  and two that know nothing of each other; the collectives alone, between two processes; what a step's collectives
+  and two that know nothing of each other; all-to-alls alone, between two processes; what those of a step
   carry, counted in the program that XLA compiled for so many devices; the tables' part of a step among so many devices.
   Then 10 machines and more, of one such core each.
 
@@ -86,12 +86,12 @@ class Runs:
       rates = list(pool.map(lambda core: self.rate(config, share, 1, core=core), (0, 1)))
     return 2 * statistics.harmonic_mean(rates)
 
-  def costs(self, inside: Sequence[str] = ()) -> dict[str, Cost]:
-    """By kind, from two processes that do nothing but collectives."""
+  def cost(self, inside: Sequence[str] = ()) -> Cost:
+    """From two processes that do nothing but all-to-alls."""
     cores = sorted(os.sched_getaffinity(0))[:CORES]
     program = ('-c', 'from experiments import scaling_parts; scaling_parts.time_collectives()')
     seconds = self.launch(2, cores, program, inside)
-    return {kind: scaling_model.fit(kind, *zip(scaling_parts.SIZES, of, strict=True)) for kind, of in seconds.items()}
+    return scaling_model.fit(*zip(scaling_parts.SIZES, seconds, strict=True))
 
 
 def measure_speed(
@@ -119,11 +119,11 @@ def add(rates: Rates, key: str, rate: float, what: str) -> None:
 
 
 def measure_networks(runs: Runs, config: str, share: int) -> dict[str, Any]:
-  """{'costs': ..., 'speed': network -> rates}; {'skipped': why} where there are no namespaces."""
+  """{'cost': ..., 'speed': network -> rates}; {'skipped': why} where there are no namespaces."""
   out: dict[str, Any] = {'config': config, 'share': share, 'speed': {}}
   try:
     with namespaces(2, Network()) as inside:
-      out['costs'] = runs.costs(inside)
+      out['cost'] = runs.cost(inside)
     for network, processes in itertools.product(NETWORKS, PROCESSES[1:]):
       with namespaces(processes, network) as inside:
         rate = runs.rate(config, share, processes, inside=inside)
@@ -179,7 +179,7 @@ def main(argv: Sequence[str]) -> None:
     try:
       for repetition in range(args.repetitions):
         measure_speed(runs, args.configs, args.shares, not repetition, record['speed'])
-      record['loopback'] = {'costs': runs.costs()}
+      record['loopback'] = {'cost': runs.cost()}
       record['network'] = measure_networks(runs, 'base' if 'base' in args.configs else args.configs[0], args.shares[0])
       record |= measure_parts(runs, args.configs, args.shares, record['devices'], data)
     except common.Failed as error:

@@ -1,15 +1,14 @@
 """What a step of P processes should take, from parts that were measured alone.
 
-  seconds = crowd * (work + tables + sum over collectives of (messages * message + sent * byte))
-          + sum over collectives of (rounds * delay + sent / bandwidth)
+  seconds = crowd * (work + tables + times * (P - 1) * message + sent * byte) + times * delay + sent / bandwidth
 
 - crowd: processes of a core, where there are more of them than cores; else 1.
 - work: a step of one process that knows of no other, beside as many others as share its machine.
 - tables: by how much the tables' part of a step grows among P devices, measured with P devices in one process. With
   `gather` every device answers the lookups of all, so it grows with P.
-- message, byte: what a message and a byte sent cost the cores, by kind; from two processes that do nothing else.
-- messages, rounds, sent: of gloo's algorithms; rounds are messages that wait for the one before. All-reduce and
-  all-gather are rings, reduce-scatter halves, and an all-to-all sends all its messages at once.
+- times: all-to-alls of a step; nothing else is sent. In each a process sends P - 1 messages at once, and waits once.
+- sent: (P - 1) / P of what they give.
+- message, byte: what a message and a byte sent cost the cores; from two processes that do nothing else.
 - delay, bandwidth: of the network, one way; of what a process sends.
 
 What it leaves out: that processes wait for the slowest, and whatever of sending could go on beside computing.
@@ -17,25 +16,28 @@ What it leaves out: that processes wait for the slowest, and whatever of sending
 
 import math
 import re
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 NUMBER = {'f32': 4, 's32': 4, 'u32': 4, 'bf16': 2, 'u16': 2, 'pred': 1}
 SELDOM = 'further_rounds'  # that of embeddings/exchange.py, which would start JAX before its devices are known
-KINDS = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all')
 # An operation of XLA's that devices do together, with its results: a shape, or several in parentheses.
-COLLECTIVE = re.compile(rf'= (\([^()]*\)|[^() ]+) ({"|".join(KINDS)})(?:-start)?\(')
+COLLECTIVE = re.compile(
+  r'= (\([^()]*\)|[^() ]+) (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\('
+)
 SHAPE = re.compile(r'(\w+)\[([\d,]*)\]')
 COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.-]+) [^\n]*\{\n(.*?)^\}', re.MULTILINE | re.DOTALL)
 CALLED = re.compile(r'(?:body|to_apply|calls)=%?([\w.-]+)')
-BRANCHES = re.compile(r'branch_computations=\{([^}]*)\}|true_computation=(\S+), false_computation=([^\s,]+)')
 
-Carried = Mapping[str, Mapping[str, float]]  # kind -> {'times', 'bytes'} of a step, by the results
+class Carried(NamedTuple):
+  """By the all-to-alls of a step."""
+
+  times: int
+  bytes: int  # of their results
 
 
 class Cost(NamedTuple):
-  """Seconds that a collective costs the cores."""
+  """Seconds that an all-to-all costs the cores."""
 
   message: float
   byte: float
@@ -52,78 +54,50 @@ class Network(NamedTuple):
     return f'{rate}, {self.delay * 1e3:g} ms'
 
 
-def count(program: str) -> dict[str, dict[str, int]]:
-  """Kind -> {'times', 'bytes'} of a step's collectives, by their results, in the text of a compiled program.
+def count(program: str) -> Carried:
+  """Of the text of a compiled program. A loop counts once, and what `exchange.SELDOM` names not at all.
 
-  A loop counts once, of a condition's branches the one that sends most, and what `exchange.SELDOM` names not at all.
+  ValueError if devices do anything else together.
   """
   bodies = {name: body for _, name, body in COMPUTATION.findall(program)}
   (entry,) = [name for is_entry, name, _ in COMPUTATION.findall(program) if is_entry]
 
-  def of(name: str) -> Counter:
-    found: Counter = Counter()
+  def of(name: str) -> Iterator[str]:
+    """The shapes of results."""
     for line in bodies[name].splitlines():
       if SELDOM in line:
         continue
       for shapes, kind in COLLECTIVE.findall(line):
-        found[kind, 'times'] += 1
-        for number, axes in SHAPE.findall(shapes):
-          found[kind, 'bytes'] += NUMBER[number] * math.prod(int(axis) for axis in axes.split(',') if axis)
+        if kind != 'all-to-all':
+          raise ValueError(f'{kind}: the model knows of all-to-alls alone')
+        yield shapes
         break
       else:
-        found.update(sum((of(called) for called in CALLED.findall(line)), Counter()))
-        for branches in BRANCHES.findall(line):
-          names = [name.strip(' %') for name in ','.join(branches).split(',') if name.strip()]
-          found.update(max((of(name) for name in names), key=lambda each: each.total()))
-    return found
+        for called in CALLED.findall(line):
+          yield from of(called)
 
-  all_ = of(entry)
-  return {kind: {what: all_[kind, what] for what in ('times', 'bytes')} for kind in KINDS if all_[kind, 'times']}
+  results = list(of(entry))
+  size = lambda number, axes: NUMBER[number] * math.prod(int(axis) for axis in axes.split(',') if axis)
+  return Carried(len(results), sum(size(*shape) for shapes in results for shape in SHAPE.findall(shapes)))
 
 
-def messages(kind: str, processes: int) -> int:
-  """That a process sends in a collective."""
-  halvings = math.ceil(math.log2(processes))
-  of_ring = processes - 1
-  return {'all-reduce': 2 * of_ring, 'all-gather': of_ring, 'reduce-scatter': halvings, 'all-to-all': of_ring}[kind]
-
-
-def rounds(kind: str, processes: int) -> int:
-  """Of them, those that wait for the one before."""
-  return 1 if kind == 'all-to-all' else messages(kind, processes)
-
-
-def sent(kind: str, result: float, processes: int) -> float:
+def sent(result: float, processes: int) -> float:
   """Bytes that a process sends for so many bytes of results."""
-  others = processes - 1
-  part = {'all-reduce': 2 * others / processes, 'reduce-scatter': others}
-  return result * part.get(kind, others / processes)
+  return result * (processes - 1) / processes
 
 
-def fit(kind: str, small: tuple[float, float], large: tuple[float, float]) -> Cost:
-  """From (bytes of the result, seconds) of two sizes of a collective between two processes."""
-  low, high = (sent(kind, result, 2) for result, _ in (small, large))
+def fit(small: tuple[float, float], large: tuple[float, float]) -> Cost:
+  """From (bytes of the result, seconds) of two sizes of an all-to-all between two processes."""
+  low, high = (sent(result, 2) for result, _ in (small, large))
   byte = max(0.0, (large[1] - small[1]) / (high - low))
-  return Cost(max(0.0, small[1] - low * byte) / messages(kind, 2), byte)
+  return Cost(max(0.0, small[1] - low * byte), byte)
 
 
-def collectives_seconds(
-  carried: Carried, costs: Mapping[str, Cost], processes: int, network: Network
-) -> tuple[float, float]:
-  """Seconds of the cores, and of the network, for what the collectives of a step carry."""
-  cores = wire = 0.0
-  for kind, of in carried.items():
-    size = sent(kind, of['bytes'], processes)
-    cores += of['times'] * messages(kind, processes) * costs[kind].message + size * costs[kind].byte
-    wire += of['times'] * rounds(kind, processes) * network.delay + size / network.bandwidth
-  return cores, wire
-
-
-def step_seconds(
-  work: float, carried: Carried, costs: Mapping[str, Cost], processes: int, cores: int, network: Network
-) -> float:
+def step_seconds(work: float, carried: Carried, cost: Cost, processes: int, cores: int, network: Network) -> float:
   """See the top of the file. work: with the tables' growth; cores: for all the processes together."""
-  own, wire = collectives_seconds(carried, costs, processes, network)
+  size = sent(carried.bytes, processes)
+  own = carried.times * (processes - 1) * cost.message + size * cost.byte
+  wire = carried.times * network.delay + size / network.bandwidth
   return max(1.0, processes / cores) * (work + own) + wire
 
 

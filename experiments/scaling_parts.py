@@ -3,7 +3,6 @@
 Each function runs in a process of its own.
 """
 
-import itertools
 import json
 import os
 import statistics
@@ -13,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from experiments import common, scaling_model
-from experiments.scaling_model import KINDS
 
 SIZES = (4096, 2**21)  # bytes of results, about those of the batch statistics and of all gradients
-CALLS = 8  # of a collective in one program
+CALLS = 8  # of an all-to-all in one program
 TABLES_SHARE = 512  # examples of a device, for the tables' part
 
 
 def time_collectives() -> None:
-  """Prints seconds of each kind of collective for each of SIZES, in a process among those of a launcher."""
+  """Prints the seconds of an all-to-all of each of SIZES, in a process among those of a launcher."""
   from dlrm_jax import distributed, main
 
   main.prepare_process(0)
@@ -32,33 +30,23 @@ def time_collectives() -> None:
       print(json.dumps(seconds), flush=True)
 
 
-def _seconds_of_collectives() -> dict[str, list[float]]:
+def _seconds_of_collectives() -> list[float]:
   import jax
-  import jax.numpy as jnp
   import numpy as np
 
   from dlrm_jax.sharding import CUT, all_devices
 
   axis = all_devices()
-  # Each from f32[n] to f32[n]; what it adds to the collective is little beside it. n is the size of the result but for
-  # reduce-scatter, whose result is a part of n.
-  calls = {
-    'all-reduce': lambda x: axis.sum(x) / axis.size,
-    'all-gather': lambda x: axis.gather(axis.own(x)),
-    'reduce-scatter': lambda x: jnp.tile(axis.scatter_sum(x), axis.size) / axis.size,
-    'all-to-all': axis.swap,
-  }
-  out: dict[str, list[float]] = {}
-  for kind, bytes_ in itertools.product(KINDS, SIZES):
-    size = bytes_ // 4 * (axis.size if kind == 'reduce-scatter' else 1)
 
-    def chain(x: jax.Array, call: Any = calls[kind]) -> jax.Array:
-      for _ in range(CALLS):
-        x = call(x)
-      return x
+  def chain(x: jax.Array) -> jax.Array:
+    for _ in range(CALLS):
+      x = axis.swap(x)
+    return x
 
+  out = []
+  for size in SIZES:
     function = jax.jit(axis.over(chain, CUT, CUT))
-    x = axis.put(np.ones(size, np.float32))
+    x = axis.put(np.ones(size // 4, np.float32))
     stretches = []
     for _ in range(8):  # of which the first compiles
       start = time.perf_counter()
@@ -66,7 +54,7 @@ def _seconds_of_collectives() -> dict[str, list[float]]:
         x = function(x)
       jax.block_until_ready(x)
       stretches.append((time.perf_counter() - start) / (3 * CALLS))
-    out.setdefault(kind, []).append(statistics.median(stretches[1:]))
+    out.append(statistics.median(stretches[1:]))
   return out
 
 

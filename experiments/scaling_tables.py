@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiments import common, scaling_model
-from experiments.scaling_model import KINDS, Cost, Network
+from experiments.scaling_model import Carried, Cost, Network
 from experiments.scaling_parts import TABLES_SHARE
 
 CORES = 2  # that all processes of this machine divide, however many it has
@@ -51,11 +51,11 @@ def predict(
   beside = where != 'machines'
   work = (2 if beside else 1) * int(share) / statistics.median(alone['apart' if beside else '1'])
   tables = {int(count): seconds for count, seconds in record['tables'][parts].items()}
-  costs = record['network' if where == 'namespaces' else 'loopback']['costs']
+  cost = Cost(*record['network' if where == 'namespaces' else 'loopback']['cost'])
   seconds = scaling_model.step_seconds(
     work + scaling_model.growth(tables, processes) * int(share) / TABLES_SHARE,
-    record['collectives'][parts][str(processes)][share], {kind: Cost(*cost) for kind, cost in costs.items()},
-    processes, CORES if beside else processes, network,
+    Carried(*record['collectives'][parts][str(processes)][share]), cost, processes, CORES if beside else processes,
+    network,
   )  # fmt: skip
   predicted, measured = processes * int(share) / seconds, statistics.median(rates) if rates else None
   return {
@@ -97,15 +97,14 @@ def render_model(predicted: Sequence[dict[str, Any]]) -> str:
   return common.table(header, rows)
 
 
-def render_carried(collectives_: dict[str, dict[str, dict[str, scaling_model.Carried]]]) -> str:
-  """What a step's collectives carry."""
-  carried = lambda of: '' if of is None else f'{of["times"]} x, {of["bytes"] / 1e6:.2f} MB'
+def render_carried(collectives: dict[str, dict[str, dict[str, Sequence[int]]]]) -> str:
+  """What a step sends."""
   rows = [
-    [*name.split(', '), devices, share, *(carried(of.get(kind)) for kind in KINDS)]
-    for name, by_devices in collectives_.items() for devices, by_share in by_devices.items()
-    for share, of in by_share.items()
+    [*name.split(', '), devices, share, str(carried.times), f'{carried.bytes / 1e6:.2f}']
+    for name, by_devices in collectives.items() for devices, by_share in by_devices.items()
+    for share, carried in ((share, Carried(*of)) for share, of in by_share.items())
   ]  # fmt: skip
-  return common.table(['config', 'exchange', 'devices', 'examples of a device', *KINDS], rows)
+  return common.table(['config', 'exchange', 'devices', 'examples of a device', 'all-to-alls', 'MB received'], rows)
 
 
 def render_frameworks(record: dict[str, Any], predicted: Sequence[dict[str, Any]]) -> str:

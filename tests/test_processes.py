@@ -171,7 +171,7 @@ def test_kills_at_random_moments_lose_and_repeat_nothing(criteo, tmp_path, repos
       kills += 1
   out, _ = process.communicate(timeout=900)
   assert process.returncode == 0
-  assert kills >= 10, 'the run was too short to be killed often'
+  assert kills == 20, 'the run was too short'
   assert result(out)['step'] == 60 * 19
   jax.tree.map(np.testing.assert_array_equal, restored(folder)[0], restored(whole)[0])
   assert restored(folder)[1] == restored(whole)[1]
