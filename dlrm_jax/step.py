@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from dlrm_jax.model.loss import cross_entropy
 from dlrm_jax.program import Program
-from dlrm_jax.sharding import CUT, WHOLE
+from dlrm_jax.sharding import CUT, WHOLE, after
 from dlrm_jax.state import state_specs
 from dlrm_jax.structs import Batch, TrainState
 
@@ -24,26 +24,29 @@ NO_FUSION = {'xla_cpu_experimental_ynn_fusion_type': '', 'xla_disable_hlo_passes
 
 def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
   """The state after one update, and the batch's mean loss and number of examples."""
-  tables, known, found = program.embeddings.resolve(state.tables, state.known, batch, state.step)
-  vectors = program.embeddings.lookup(tables, found)
-  whole = state.replace(params=whole_params(program, state.params))
-  loss, (params_gradient, vectors_gradient), batch_stats = gradients(program, whole, vectors, batch)
+  embeddings, whole = program.embeddings, state.replace(params=whole_params(program, state.params))
+  tables, known, found = embeddings.resolve(state.tables, state.known, after_params(program, whole, batch), state.step)
+  vectors = embeddings.lookup(tables, found)
+  if embeddings.takes_turns:
+    batch = batch.replace(dense=after(batch.dense, vectors), weight=after(batch.weight, vectors))
+  examples = program.axis.sum(batch.weight.sum())
+  loss, (params_gradient, vectors_gradient), batch_stats = gradients(program, whole, vectors, batch, examples)
   updates, opt_state = program.dense_tx.update(params_gradient, state.opt_state, state.params)
   new_state = TrainState(
     step=state.step + 1,
     params=optax.apply_updates(state.params, updates),
     batch_stats=batch_stats,
     opt_state=opt_state,
-    tables=program.embeddings.update(tables, found, vectors_gradient, state.step),
+    tables=embeddings.update(tables, found.after((loss, params_gradient)), vectors_gradient, state.step),
     known=known,
   )
-  return new_state, {'loss': loss, 'examples': program.axis.sum(batch.weight.sum())}
+  return new_state, {'loss': loss, 'examples': examples}
 
 
 def gradients(
-  program: Program, state: TrainState, vectors: Float[Array, 'B F D'], batch: Batch
+  program: Program, state: TrainState, vectors: Float[Array, 'B F D'], batch: Batch, examples: Float[Array, '']
 ) -> tuple[Array, tuple[Any, Array], Any]:
-  """The loss, its gradients by (params, vectors), and the new batch statistics.
+  """The loss, its gradients by (params, vectors), and the new batch statistics. `examples` of all devices.
 
   The bottom MLP sees the whole batch, so that its statistics are those of the batch however it is sliced; the rest,
   where most of the activations are, runs over the slices one after another.
@@ -55,7 +58,7 @@ def gradients(
     return h, new.get('batch_stats', {})
 
   h, bottom_vjp, batch_stats = jax.vjp(bottom, state.params, has_aux=True)
-  total = jnp.maximum(program.axis.sum(batch.weight.sum()), 1)
+  total = jnp.maximum(examples, 1)
 
   def top_loss(params: Any, h: Array, vectors: Array, label: Array, weight: Array) -> Array:
     logit = program.model.apply({'params': params}, h, vectors, method='top')
@@ -76,6 +79,13 @@ def whole_params(program: Program, params: Any) -> Any:
     return params
   whole = lambda spec, leaf: program.axis.gather(leaf) if spec == CUT else leaf
   return jax.tree.map(whole, state_specs(program).params, params)
+
+
+def after_params(program: Program, whole: TrainState, batch: Batch) -> Batch:
+  """The batch for the tables' lookups, which may wait until the parameters are whole, see `sharding.after`."""
+  if not program.embeddings.takes_turns:
+    return batch
+  return batch.replace(bucket=after(batch.bucket, whole.params), key=after(batch.key, whole.params))
 
 
 def summed(program: Program, loss: Array, gradient: Any) -> tuple[Array, Any]:
@@ -121,8 +131,10 @@ def _over_slices(
 
 def logits(program: Program, state: TrainState, batch: Batch) -> Float[Array, 'B']:
   """Logits of this device's batch with the running batch statistics; the state is read only."""
-  vectors = program.embeddings.lookup(state.tables, program.embeddings.find(state.known, batch))
-  variables = {'params': whole_params(program, state.params), 'batch_stats': state.batch_stats}
+  whole = state.replace(params=whole_params(program, state.params))
+  found = program.embeddings.find(state.known, after_params(program, whole, batch))
+  vectors = program.embeddings.lookup(state.tables, found)
+  variables = {'params': whole.params, 'batch_stats': state.batch_stats}
   return program.model.apply(variables, batch.dense, vectors, batch.weight, False)
 
 

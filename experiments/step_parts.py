@@ -53,9 +53,10 @@ def of_step(program: Any, state: Any, batches: Sequence[Any], seconds: float) ->
 
   embeddings = program.embeddings
   look = jax.jit(lambda tables, batch: embeddings.lookup(tables, embeddings.find(state.known, batch)))
+  gradients = lambda state, vectors, batch: step.gradients(program, state, vectors, batch, batch.weight.sum())
   # What does not depend on the backward pass alone: XLA drops the rest.
-  forward = jax.jit(lambda state, vectors, batch: step.gradients(program, state, vectors, batch)[::2])
-  both = jax.jit(lambda state, vectors, batch: step.gradients(program, state, vectors, batch))
+  forward = jax.jit(lambda *arguments: gradients(*arguments)[::2])
+  both = jax.jit(gradients)
 
   def optimize(gradient: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
     updates, opt_state = program.dense_tx.update(gradient, opt_state, params)

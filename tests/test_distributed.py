@@ -8,10 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
+from dlrm_jax import distributed
 from dlrm_jax.distributed import LOST, STUCK, Cluster, NothingToDo, from_environment
 from dlrm_jax.spec import SpecError
 
@@ -294,3 +296,20 @@ def test_a_link_that_is_cut_between_two_others_than_process_0_ends_all(toys, nam
   ip('-n', names[1], 'route', 'add', 'blackhole', '10.97.0.3/32')
   assert run.codes(range(3), TOO_LATE) == [LOST] * 3
   assert all('gave no sign of life' in run.read('err', index).splitlines()[-1] for index in range(3))
+
+
+def test_new_threads_interrupt_no_other():
+  done = threading.Event()
+
+  def start():
+    thread = threading.Thread(target=done.wait)
+    thread.start()
+    return thread
+
+  thread = distributed.with_patient_threads(start)
+  try:
+    assert os.sched_getscheduler(thread.native_id) == os.SCHED_BATCH
+    assert os.sched_getscheduler(threading.get_native_id()) == os.SCHED_OTHER
+  finally:
+    done.set()
+    thread.join()

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int32, UInt32
 
 from dlrm_jax.embeddings.directory import Ids, claim, make_directory, owner_of, rows_of
 from dlrm_jax.native.directory import DirectoryKernels
-from dlrm_jax.sharding import Axis
+from dlrm_jax.sharding import Axis, after
 from dlrm_jax.structs import Table
 
 SELDOM = 'further_rounds'  # in the names of operations that most steps leave out
@@ -60,6 +60,11 @@ def route_ids(
   """The way of lookups of ids, `columns` of each example, in a directory that is cut. The owners know the rows."""
   way, distinct = _route(axis, ids, wanted, owner_of(ids, axis.size), kernels)
   return way._replace(place=way.place.reshape(-1, columns)), distinct
+
+
+def in_turn(where: Any, others: Any) -> Any:
+  """A route that nothing takes before the others are there, see `sharding.after`; anything else as it is."""
+  return where._replace(rounds=after(where.rounds, others)) if isinstance(where, Route) else where
 
 
 def _route(

@@ -37,7 +37,7 @@ from dlrm_jax.embeddings.width import blocks_of, make_widths, mask
 from dlrm_jax.native.directory import DirectoryKernels
 from dlrm_jax.native.rows import RowKernels
 from dlrm_jax.optim import bits
-from dlrm_jax.sharding import ALONE, CUT, WHOLE, Axis
+from dlrm_jax.sharding import ALONE, CUT, WHOLE, Axis, after
 from dlrm_jax.spec import COLUMNS, EmbeddingSpec
 from dlrm_jax.structs import Batch, Counts, Directory, Table, Vocabulary
 
@@ -57,6 +57,10 @@ class Found(NamedTuple):
   # By table: i32[B, columns], numbered from this device's first row; or, where lookups are routed, an `exchange.Route`.
   rows: dict[str, Any]
   mask: Any = ()  # f32[b, 26, D], what vectors of this device's examples are multiplied by; () for nothing
+
+  def after(self, others: Any) -> 'Found':
+    """The same, but nothing is sent before the others are there, see `sharding.after`."""
+    return self._replace(rows={name: exchange.in_turn(where, others) for name, where in self.rows.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +129,16 @@ class Static:
       return exchange.route(self.axis, rows, row, self.directories)
     return self.here(name, rows, self.axis.gather(row))
 
+  @property
+  def takes_turns(self) -> bool:
+    """Whether lookups and updates have loops in which devices send, see `sharding.after`."""
+    return any(map(self.is_routed, self.names))
+
+  @property
+  def names(self) -> list[str]:
+    """Of all tables."""
+    return list(self.layout)
+
   def is_routed(self, name: str) -> bool:
     """Whether lookups go to the device that has their row; otherwise, all go to all."""
     wanted = self.spec.exchange
@@ -149,7 +163,15 @@ class Static:
 
   def lookup(self, tables_: Tables, found: Found) -> Float[Array, 'B F D']:
     """Vectors of this device's examples, columns in natural order; no row reads as zero."""
-    return tables.lookup(self.layout, tables_, found.rows, self.read)
+    return self.looked_up(self.layout, tables_, found)
+
+  def looked_up(self, layout: tables.Layout, tables_: Tables, found: Found) -> Float[Array, 'B F D']:
+    """In the tables of a layout, one after another."""
+    parts, sent = {}, ()
+    for name in layout:
+      parts[name] = self.read(name, tables_[name].value, exchange.in_turn(found.rows[name], sent))
+      sent = parts[name]
+    return tables.in_order(layout, parts)
 
   def read(self, name: str, value: Array, where: Any) -> Float[Array, 'B columns D']:
     """Vectors of this device's lookups in one table."""
@@ -171,19 +193,20 @@ class Static:
   def updated(
     self, layout: tables.Layout, tables_: Tables, found: Found, gradient: Float[Array, 'B F D'], step: Array
   ) -> Tables:
-    """The tables of a layout."""
-    everyones = self.axis.gather(gradient)
-
-    def update(name: str, table: Table, of: Callable[[Array], Array]) -> Table:
+    """The tables of a layout, one after another."""
+    everyones = () if all(map(self.is_routed, layout)) else self.axis.gather(gradient)
+    out, sent = {}, everyones
+    for name, of in layout.items():
+      table, where = tables_[name], exchange.in_turn(found.rows[name], sent)
       size, dim = table.value.shape
       first = self.axis.index() * size if self.is_cut(name) else 0
-      apply = lambda table, row, grad: self.update_table(table, row, grad, step=step, first=first)
-      where = found.rows[name]
+      apply = functools.partial(self.update_table, step=step, first=first)
       if isinstance(where, exchange.Route):
-        return exchange.update(self.axis, where, table, of(gradient), apply)
-      return apply(table, where.reshape(-1), of(everyones).reshape(-1, dim))
-
-    return tables.update(layout, update, tables_)
+        out[name] = exchange.update(self.axis, where, table, tables.of_columns(gradient, of.columns), apply)
+      else:
+        out[name] = apply(table, where.reshape(-1), tables.of_columns(everyones, of.columns).reshape(-1, dim))
+      sent = bits.widen(out[name].value[:1])
+    return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,36 +248,57 @@ class Dynamic(Static):
     self, tables_: Tables, known: Vocabularies, batch: Batch, step: Int32[Array, '']
   ) -> tuple[Tables, Vocabularies, Found]:
     """See `Static.resolve`."""
-    tables_, known, rows = dict(tables_), dict(known), {}
+    tables_, known, rows, all_ = dict(tables_), dict(known), {}, self.everyones(batch)
+    sent = self.sent(() if all(map(self.is_routed, self.layout)) else all_.weight)
     for name in self.layout:
-      resolve = self.resolve_routed if self.is_routed(name) else self.resolve_everyones
-      old = known[name]
-      tables_[name], new, rows[name] = resolve(name, tables_, old, batch, step)
+      old, seeds = known[name], self.seeds(name, tables_, batch, sent)
+      begin = functools.partial(self.begin, name, tables_)
+      if self.is_routed(name):
+        own = batch.replace(key=after(batch.key, (sent, seeds)))
+        tables_[name], new, rows[name] = self.resolve_routed(name, tables_[name], old, own, step, begin, seeds)
+      else:
+        seeds = self.axis.gather(seeds)
+        tables_[name], new, rows[name] = self.resolve_everyones(name, tables_[name], old, all_, step, begin, seeds)
       known[name] = together(self.axis, old, new) if self.is_cut(name) else new
-    return tables_, known, self.found(known, batch, rows)
+      sent = self.sent(known[name].counts.lookups)
+    return tables_, known, self.found(known, batch, rows, sent)
+
+  def sent(self, arrays: Any) -> Any:
+    """What the next loop waits for; () where devices send nothing in loops."""
+    return arrays if self.takes_turns else ()
 
   def resolve_everyones(
-    self, name: str, tables_: Tables, known: Vocabulary, batch: Batch, step: Int32[Array, '']
+    self,
+    name: str,
+    table: Table,
+    known: Vocabulary,
+    batch: Batch,
+    step: Int32[Array, ''],
+    begin: Callable[..., Array],
+    seeds: Sequence[Array],
   ) -> tuple[Table, Vocabulary, Int32[Array, 'B columns']]:
-    """A table, what it knows and the rows in it, where every device sees the lookups of all."""
+    """A table, what it knows and the rows in it, where every device sees the lookups of all. So are batch and seeds."""
     columns = self.layout[name].columns
-    ids, wanted = wanted_ids(self.everyones(batch), self.layout[name])
+    ids, wanted = wanted_ids(batch, self.layout[name])
     wanted &= owned(ids, self.shard(name))
-    seeds = self.axis.gather(self.seeds(name, tables_, batch))
-    begin = functools.partial(self.begin, name, tables_)
-    table, known, found = self.claimed(name, tables_[name], known, ids, wanted, step, begin, seeds)
+    table, known, found = self.claimed(name, table, known, ids, wanted, step, begin, seeds)
     known = with_lookups(known, lookups_of(len(columns), wanted, found.refused, found.unplaced))
     return table, known, found.row.reshape(-1, len(columns))
 
   def resolve_routed(
-    self, name: str, tables_: Tables, known: Vocabulary, batch: Batch, step: Int32[Array, '']
+    self,
+    name: str,
+    table: Table,
+    known: Vocabulary,
+    batch: Batch,
+    step: Int32[Array, ''],
+    begin: Callable[..., Array],
+    seeds: Sequence[Array],
   ) -> tuple[Table, Vocabulary, exchange.Route]:
     """A table, what it knows and the way to its rows, where a device sees the lookups of its own ids."""
     columns, none = self.layout[name].columns, rows_of(known.directory)
     ids, wanted = wanted_ids(batch, self.layout[name])
     way, distinct = exchange.route_ids(self.axis, ids, wanted, len(columns), self.directories)
-    seeds = [seed[distinct.lane] for seed in self.seeds(name, tables_, batch)]
-    begin = functools.partial(self.begin, name, tables_)
 
     def claim(state: tuple[Table, Vocabulary], received: list[Array]) -> tuple[Any, Array]:
       key, feature, times, *seeds = received
@@ -262,9 +306,9 @@ class Dynamic(Static):
       # Two numbers past the last row say why there is none.
       return (table, known), jnp.where(found.unplaced, none + 1, jnp.where(found.refused, none, found.row))
 
-    sent = [(part, 0) for part in (*take(ids, distinct.lane), distinct.times, *seeds)]
-    state = tables_[name], known
-    (table, known), row = exchange.hand_over(self.axis, way, sent, state, claim, jnp.full_like(way.row, none))
+    sent = *take(ids, distinct.lane), distinct.times, *(seed[distinct.lane] for seed in seeds)
+    nobody, sent = jnp.full_like(way.row, none), [(part, 0) for part in sent]
+    (table, known), row = exchange.hand_over(self.axis, way, sent, (table, known), claim, nobody)
     said = exchange.by_lookup(way, row, none).reshape(-1)
     known = with_lookups(known, lookups_of(len(columns), wanted, wanted & (said == none), said == none + 1))
     return table, known, way._replace(row=jnp.minimum(row, none))
@@ -289,8 +333,8 @@ class Dynamic(Static):
     counts = known.counts.replace(admitted=admitted)
     return table, known.replace(directory=directory, filter=remembered, counts=counts), found
 
-  def seeds(self, name: str, tables_: Tables, batch: Batch) -> tuple[Array, ...]:
-    """What `begin` needs besides the ids, by this device's lookups: arrays [N, ...]."""
+  def seeds(self, name: str, tables_: Tables, batch: Batch, sent: Any) -> tuple[Array, ...]:
+    """What `begin` needs besides the ids, by this device's lookups, to be asked for after what was sent: [N, ...]."""
     return ()
 
   def begin(self, name: str, tables_: Tables, key: Array, feature: Array) -> Float[Array, 'K D']:
@@ -299,15 +343,18 @@ class Dynamic(Static):
 
   def find(self, known: Vocabularies, batch: Batch) -> Found:
     """See `Static.find`."""
-    rows = {}
+    rows, all_ = {}, self.everyones(batch)
+    sent = self.sent(() if all(map(self.is_routed, self.layout)) else all_.weight)
     for name, table in self.layout.items():
       if self.is_routed(name):
-        rows[name] = self.find_routed(name, known[name].directory, batch)
+        own = batch.replace(key=after(batch.key, sent))
+        rows[name] = self.find_routed(name, known[name].directory, own)
+        sent = rows[name].row
       else:
-        ids, wanted = wanted_ids(self.everyones(batch), table)
+        ids, wanted = wanted_ids(all_, table)
         row = find(known[name].directory, ids, wanted, self.directories, self.shard(name))
         rows[name] = row.reshape(-1, len(table.columns))
-    return self.found(known, batch, rows)
+    return self.found(known, batch, rows, sent)
 
   def find_routed(self, name: str, directory: Directory, batch: Batch) -> exchange.Route:
     """The way to the rows in a table, see `resolve_routed`."""
@@ -323,20 +370,22 @@ class Dynamic(Static):
     _, row = exchange.hand_over(self.axis, way, sent, (), look, jnp.full_like(way.row, none))
     return way._replace(row=row)
 
-  def found(self, known: Vocabularies, batch: Batch, rows: dict[str, Any]) -> Found:
-    """What the own rows of a batch's lookups come to."""
+  def found(self, known: Vocabularies, batch: Batch, rows: dict[str, Any], sent: Any) -> Found:
+    """What the own rows of a batch's lookups come to, after what was sent."""
     if self.spec.width.name == 'full':
-      return Found(rows)
+      return Found(rows).after(sent)
     most = self.spec.width.blocks
     # An id without a row lacks no block, nor does one for the devices that do not have its row.
     lacks = {}
     for name, where in rows.items():
       blocks = functools.partial(blocks_of, known[name].directory, known[name].widths)
       lack = lambda row, blocks=blocks: (most - blocks(row.reshape(-1))).reshape(*row.shape, 1).astype(jnp.float32)
-      lacks[name] = self.ask(name, where, (rows_of(known[name].directory), 1), lack)[..., 0]
+      shape, where = (rows_of(known[name].directory), 1), exchange.in_turn(where, sent)
+      lacks[name] = self.ask(name, where, shape, lack)[..., 0]
+      sent = lacks[name]
     blocks = most - tables.in_order(self.layout, lacks).astype(jnp.int32)
     width = mask(blocks.reshape(-1), most, self.spec.dim)
-    return Found(rows, width.reshape(*blocks.shape, self.spec.dim))
+    return Found(rows, width.reshape(*blocks.shape, self.spec.dim)).after(sent)
 
   def lookup(self, tables_: Tables, found: Found) -> Float[Array, 'B 26 D']:
     """See `Static.lookup`."""
@@ -358,6 +407,11 @@ class Adaptive(Dynamic):
     return own | self.init_static(self.shared), known
 
   @property
+  def names(self) -> list[str]:
+    """See `Static.names`."""
+    return [*self.layout, *self.shared]
+
+  @property
   def shared(self) -> tables.Layout:
     """The static tables."""
     return {shared_name(name): table for name, table in self.layout.items()}
@@ -366,15 +420,16 @@ class Adaptive(Dynamic):
     """See `Static.parts`."""
     return self.shared[name].parts if name in self.shared else super().parts(name)
 
-  def found(self, known: Vocabularies, batch: Batch, rows: dict[str, Any]) -> Found:
+  def found(self, known: Vocabularies, batch: Batch, rows: dict[str, Any], sent: Any) -> Found:
     """See `Dynamic.found`."""
-    found, shared = super().found(known, batch, rows), {}
+    found, shared = super().found(known, batch, rows, sent), {}
+    sent = self.sent((sent, found.mask))
     for name, table in self.layout.items():
       own = self.has_row(name, rows[name], rows_of(known[name].directory))
       # A lookup has a row in one of the tables at most, and as no row reads as zero, its vector is the sum of both.
       row = jnp.where(own, table.rows, table.resolve(batch.bucket, batch.weight))
-      shared[shared_name(name)] = self.on_the_way(shared_name(name), table.rows, row)
-    return found._replace(rows=rows | shared)
+      shared[shared_name(name)] = self.on_the_way(shared_name(name), table.rows, after(row, sent))
+    return found._replace(rows=found.rows | shared).after(shared)
 
   def has_row(self, name: str, where: Any, none: int) -> Bool[Array, 'b columns']:
     """Which lookups of this device have a row in a table."""
@@ -382,13 +437,14 @@ class Adaptive(Dynamic):
       return exchange.by_lookup(where, where.row < none)
     return self.mine(name, (where < none).astype(jnp.int32)) > 0
 
-  def seeds(self, name: str, tables_: Tables, batch: Batch) -> tuple[Array, ...]:
+  def seeds(self, name: str, tables_: Tables, batch: Batch, sent: Any) -> tuple[Array, ...]:
     """See `Dynamic.seeds`: the shared rows, or their vectors, where other devices may have those."""
     shared, table = shared_name(name), self.layout[name]
     row, value = table.resolve(batch.bucket, batch.weight), tables_[shared].value
     if not self.is_cut(shared):
       return (row.reshape(-1),)
-    return (self.read(shared, value, self.on_the_way(shared, table.rows, row)).reshape(-1, self.spec.dim),)
+    where = self.on_the_way(shared, table.rows, after(row, sent))
+    return (self.read(shared, value, where).reshape(-1, self.spec.dim),)
 
   def begin(self, name: str, tables_: Tables, key: Array, feature: Array, seed: Array) -> Float[Array, 'K D']:
     """See `Dynamic.begin`: an id goes on from its shared row."""
@@ -397,12 +453,14 @@ class Adaptive(Dynamic):
 
   def lookup(self, tables_: Tables, found: Found) -> Float[Array, 'B 26 D']:
     """See `Static.lookup`."""
-    return super().lookup(tables_, found) + tables.lookup(self.shared, tables_, found.rows, self.read)
+    own = super().lookup(tables_, found)
+    return own + self.looked_up(self.shared, tables_, found.after(own))
 
   def update(self, tables_: Tables, found: Found, gradient: Float[Array, 'B 26 D'], step: Int32[Array, '']) -> Tables:
     """See `Static.update`."""
     own = super().update(tables_, found, gradient, step)
-    return own | self.updated(self.shared, tables_, found, gradient, step)
+    sent = [bits.widen(own[name].value[:1]) for name in self.layout]
+    return own | self.updated(self.shared, tables_, found.after(sent), gradient, step)
 
 
 def shared_name(name: str) -> str:

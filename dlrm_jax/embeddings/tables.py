@@ -1,14 +1,10 @@
-"""The tables of a model: first values, lookup of a batch, update by its gradients."""
+"""The tables of a model: first values, and columns in their order."""
 
-import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jaxtyping import Float
 
 from dlrm_jax.embeddings.directory import Ids
 from dlrm_jax.embeddings.dynamic import initial_vectors
@@ -51,19 +47,6 @@ def init_table(
   return Table(value=value, slots=init_slots(tx, value), scratch=jnp.zeros(rows, jnp.int32))
 
 
-def lookup(
-  layout: Layout,
-  tables: dict[str, Table],
-  rows: dict[str, Any],
-  read: Callable[[str, Array, Any], Array],
-) -> Float[Array, 'B F D']:
-  """Vectors of a batch, columns in natural order C1, C2, ...
-
-  `read` gives those [B, columns, D] of the lookups in one table: from its name, its value, and what `rows` has for it.
-  """
-  return in_order(layout, {name: read(name, tables[name].value, rows[name]) for name in layout})
-
-
 def in_order(layout: Layout, parts: dict[str, Array]) -> Array:
   """What is [B, columns, ...] for each table as [B, F, ...], columns in natural order C1, C2, ..."""
   if len(parts) == 1:
@@ -71,18 +54,6 @@ def in_order(layout: Layout, parts: dict[str, Array]) -> Array:
   order = [column for table in layout.values() for column in table.columns]
   places = sorted(range(len(order)), key=order.__getitem__)
   return jnp.concatenate(list(parts.values()), axis=1)[:, jnp.array(places)]
-
-
-def update(
-  layout: Layout,
-  step: Callable[[str, Table, Callable[[Array], Array]], Table],
-  tables: dict[str, Table],
-) -> dict[str, Table]:
-  """The tables after `step(name, table, of)`; `of` takes a table's part [B, columns, D] of gradients [B, F, D]."""
-  return {
-    name: step(name, tables[name], functools.partial(of_columns, columns=table.columns))
-    for name, table in layout.items()
-  }
 
 
 def of_columns(gradient: Array, columns: tuple[int, ...]) -> Array:
