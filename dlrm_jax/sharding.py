@@ -140,12 +140,14 @@ def after(tree: Any, others: Any) -> Any:
   """The tree, to be had only when the others are.
 
   Devices must do what they do together in one order. XLA sees to that, but for what stands in a loop: it may run beside
-  anything of which it needs no number. So each such loop, and what comes after it, must need one; here it is 0.
+  anything of which it needs no number. So each such loop, and what comes after it, must need one; here it is 0, made of
+  the others' first rows. They are 32-bit numbers.
   """
-  words = [jax.lax.bitcast_convert_type(leaf.reshape(-1)[0], jnp.uint32) for leaf in jax.tree.leaves(others)]
-  if not words:
+  rows = [leaf[0] if leaf.ndim > 1 else leaf for leaf in jax.tree.leaves(others)]
+  if not rows:
     return tree
-  zero = sum(jnp.minimum((word >> 1).astype(jnp.int32), 0) for word in words)
+  positive = (jax.lax.bitcast_convert_type(row, jnp.uint32) >> 1 for row in rows)
+  zero = sum(jnp.min(jnp.minimum(row.astype(jnp.int32), 0)) for row in positive)
   return jax.tree.map(lambda leaf: leaf + zero.astype(leaf.dtype), tree)
 
 

@@ -169,8 +169,9 @@ class Static:
     """In the tables of a layout, one after another."""
     parts, sent = {}, ()
     for name in layout:
-      parts[name] = self.read(name, tables_[name].value, exchange.in_turn(found.rows[name], sent))
-      sent = parts[name]
+      where = exchange.in_turn(found.rows[name], sent)
+      parts[name] = self.read(name, tables_[name].value, where)
+      sent = parts[name] if isinstance(where, exchange.Route) else sent
     return tables.in_order(layout, parts)
 
   def read(self, name: str, value: Array, where: Any) -> Float[Array, 'B columns D']:
@@ -203,9 +204,9 @@ class Static:
       apply = functools.partial(self.update_table, step=step, first=first)
       if isinstance(where, exchange.Route):
         out[name] = exchange.update(self.axis, where, table, tables.of_columns(gradient, of.columns), apply)
+        sent = bits.widen(out[name].value[:1])
       else:
         out[name] = apply(table, where.reshape(-1), tables.of_columns(everyones, of.columns).reshape(-1, dim))
-      sent = bits.widen(out[name].value[:1])
     return out
 
 
@@ -256,11 +257,13 @@ class Dynamic(Static):
       if self.is_routed(name):
         own = batch.replace(key=after(batch.key, (sent, seeds)))
         tables_[name], new, rows[name] = self.resolve_routed(name, tables_[name], old, own, step, begin, seeds)
+        known[name] = together(self.axis, old, new)
+        sent = known[name].counts.lookups
       else:
         seeds = self.axis.gather(seeds)
         tables_[name], new, rows[name] = self.resolve_everyones(name, tables_[name], old, all_, step, begin, seeds)
-      known[name] = together(self.axis, old, new) if self.is_cut(name) else new
-      sent = self.sent(known[name].counts.lookups)
+        known[name] = together(self.axis, old, new) if self.is_cut(name) else new
+        sent = (sent, self.sent(seeds))
     return tables_, known, self.found(known, batch, rows, sent)
 
   def sent(self, arrays: Any) -> Any:
@@ -382,7 +385,7 @@ class Dynamic(Static):
       lack = lambda row, blocks=blocks: (most - blocks(row.reshape(-1))).reshape(*row.shape, 1).astype(jnp.float32)
       shape, where = (rows_of(known[name].directory), 1), exchange.in_turn(where, sent)
       lacks[name] = self.ask(name, where, shape, lack)[..., 0]
-      sent = lacks[name]
+      sent = lacks[name] if isinstance(where, exchange.Route) else sent
     blocks = most - tables.in_order(self.layout, lacks).astype(jnp.int32)
     width = mask(blocks.reshape(-1), most, self.spec.dim)
     return Found(rows, width.reshape(*blocks.shape, self.spec.dim)).after(sent)
