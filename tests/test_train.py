@@ -74,7 +74,10 @@ def test_same_seed_same_bits_whether_staged_or_not(criteo, tmp_path, capsys):
 
 @pytest.mark.parametrize(
   ('optimizer', 'queue'),
-  [('adamasync', {}), ('adagraddecay', {}), ('gradientdescent', {}), ('adamasync', QUEUE)],
+  [
+    ('adamasync', {}), ('adamasync', QUEUE),
+    *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ('adagraddecay', 'gradientdescent')),
+  ],
 )
 def test_stopped_and_resumed_gives_the_bits_of_an_unstopped_run(criteo, tmp_path, capsys, optimizer, queue):
   fields = {'optimizer__name': optimizer, 'optimizer__warmup_steps': 7, 'no_eval': True, **queue}

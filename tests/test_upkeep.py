@@ -56,10 +56,10 @@ RUNS = {
   'bloom_short_width': BLOOM | SHORT | WIDTH | {'optimizer__name': 'adam', 'micro_batch': 4},
   'adaptive_old_width': ADAPTIVE | OLD | WIDTH | {'optimizer__name': 'adagrad'},
 }
-NAMES = [pytest.param(name, marks=() if name == 'adaptive_old_width' else pytest.mark.slow) for name in sorted(RUNS)]
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.slow
+@pytest.mark.parametrize('name', sorted(RUNS))
 def test_a_stopped_run_equals_an_unstopped_one_bit_for_bit(criteo, tmp_path, name):
   fields = VARIABLES | RUNS[name]
   for folder, stops in (('whole', (30,)), ('stopped', (23, 30))):
@@ -181,7 +181,8 @@ def test_a_limit_below_the_first_tables_is_one_line(criteo, tmp_path):
     train.run(small_spec(criteo, tmp_path, **VARIABLES, embedding__memory_gb=1e-4))
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.slow
+@pytest.mark.parametrize('name', sorted(RUNS))
 def test_ids_keep_their_vectors_in_another_capacity(criteo, tmp_path, name):
   fields = VARIABLES | RUNS[name]
   spec = small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'c'), steps=30, **fields)

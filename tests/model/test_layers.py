@@ -148,7 +148,8 @@ print('compared')
 
 
 @needs_compiler
-@pytest.mark.parametrize('way', [way if way == 'amx' else pytest.param(way, marks=pytest.mark.slow) for way in OTHERS])
+@pytest.mark.slow  # each builds the kernels
+@pytest.mark.parametrize('way', OTHERS)
 def test_other_processors(way, tmp_path):
   folder = tmp_path / 'native'
   shutil.copytree(build.FOLDER, folder)

@@ -124,6 +124,7 @@ def test_a_run_without_a_compiler_says_so_once_and_has_the_numbers_of_xla(criteo
   assert len(runs['nothing']) >= 2
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_run_with_the_kernels_has_the_numbers_of_xla(criteo, tmp_path, repository):
   auc = []
