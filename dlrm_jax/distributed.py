@@ -406,7 +406,8 @@ def with_patient_threads(make: Callable[[], Any]) -> Any:
   threads = lambda: set(os.listdir('/proc/self/task'))
   before, made = threads(), make()
   for thread in threads() - before:
-    os.sched_setscheduler(int(thread), os.SCHED_BATCH, os.sched_param(0))
+    with contextlib.suppress(OSError):  # it has ended, or may not be changed: the run is slower, no more
+      os.sched_setscheduler(int(thread), os.SCHED_BATCH, os.sched_param(0))
   return made
 
 
