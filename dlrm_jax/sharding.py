@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
+from jax.flatten_util import ravel_pytree
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int32
 
@@ -58,11 +59,8 @@ class Axis:
     """As `sum`, of float32 leaves, in one message."""
     if not self.mesh:
       return tree
-    leaves, structure = jax.tree.flatten(tree)
-    flat = self.sum(jnp.concatenate([leaf.reshape(-1) for leaf in leaves]))
-    ends = list(itertools.accumulate(leaf.size for leaf in leaves))
-    parts = [flat[end - leaf.size : end].reshape(leaf.shape) for leaf, end in zip(leaves, ends, strict=True)]
-    return structure.unflatten(parts)
+    flat, unflatten = ravel_pytree(tree)
+    return unflatten(self.sum(flat))
 
   def gather(self, tree: Any) -> Any:
     """The leaves of all devices, one after another along the leading axis; leaves of 32-bit numbers in one message."""
