@@ -43,7 +43,8 @@ from dlrm_jax.structs import Batch, Counts, Directory, Table, Vocabulary
 
 Tables = dict[str, Table]
 Vocabularies = dict[str, Vocabulary]
-
+# (table, known, ids, times, seeds) -> (table, known, Resolved): see `Dynamic.claimed`.
+Claim = Callable[[Table, Vocabulary, Ids, Times, Sequence[Array]], tuple[Table, Vocabulary, Resolved]]
 
 # Devices from which on `exchange` auto is all_to_all.
 MANY_DEVICES = 8
@@ -253,15 +254,15 @@ class Dynamic(Static):
     sent = self.sent(() if all(map(self.is_routed, self.layout)) else all_.weight)
     for name in self.layout:
       old, seeds = known[name], self.seeds(name, tables_, batch, sent)
-      begin = functools.partial(self.begin, name, tables_)
+      claim = functools.partial(self.claimed, name, step, functools.partial(self.begin, name, tables_))
       if self.is_routed(name):
         own = batch.replace(key=after(batch.key, (sent, seeds)))
-        tables_[name], new, rows[name] = self.resolve_routed(name, tables_[name], old, own, step, begin, seeds)
+        tables_[name], new, rows[name] = self.resolve_routed(name, tables_[name], old, own, seeds, claim)
         known[name] = together(self.axis, old, new)
         sent = known[name].counts.lookups
       else:
         seeds = self.axis.gather(seeds)
-        tables_[name], new, rows[name] = self.resolve_everyones(name, tables_[name], old, all_, step, begin, seeds)
+        tables_[name], new, rows[name] = self.resolve_everyones(name, tables_[name], old, all_, seeds, claim)
         known[name] = together(self.axis, old, new) if self.is_cut(name) else new
         sent = (sent, self.sent(seeds))
     return tables_, known, self.found(known, batch, rows, sent)
@@ -271,47 +272,33 @@ class Dynamic(Static):
     return arrays if self.takes_turns else ()
 
   def resolve_everyones(
-    self,
-    name: str,
-    table: Table,
-    known: Vocabulary,
-    batch: Batch,
-    step: Int32[Array, ''],
-    begin: Callable[..., Array],
-    seeds: Sequence[Array],
+    self, name: str, table: Table, known: Vocabulary, batch: Batch, seeds: Sequence[Array], claim: Claim
   ) -> tuple[Table, Vocabulary, Int32[Array, 'B columns']]:
     """A table, what it knows and the rows in it, where every device sees the lookups of all. So are batch and seeds."""
     columns = self.layout[name].columns
     ids, wanted = wanted_ids(batch, self.layout[name])
     wanted &= owned(ids, self.shard(name))
-    table, known, found = self.claimed(name, table, known, ids, wanted, step, begin, seeds)
+    table, known, found = claim(table, known, ids, wanted, seeds)
     known = with_lookups(known, lookups_of(len(columns), wanted, found.refused, found.unplaced))
     return table, known, found.row.reshape(-1, len(columns))
 
   def resolve_routed(
-    self,
-    name: str,
-    table: Table,
-    known: Vocabulary,
-    batch: Batch,
-    step: Int32[Array, ''],
-    begin: Callable[..., Array],
-    seeds: Sequence[Array],
+    self, name: str, table: Table, known: Vocabulary, batch: Batch, seeds: Sequence[Array], claim: Claim
   ) -> tuple[Table, Vocabulary, exchange.Route]:
     """A table, what it knows and the way to its rows, where a device sees the lookups of its own ids."""
     columns, none = self.layout[name].columns, rows_of(known.directory)
     ids, wanted = wanted_ids(batch, self.layout[name])
     way, distinct = exchange.route_ids(self.axis, ids, wanted, len(columns), self.directories)
 
-    def claim(state: tuple[Table, Vocabulary], received: list[Array]) -> tuple[Any, Array]:
+    def answer(state: tuple[Table, Vocabulary], received: list[Array]) -> tuple[Any, Array]:
       key, feature, times, *seeds = received
-      table, known, found = self.claimed(name, *state, Ids(key, feature), times, step, begin, seeds)
+      table, known, found = claim(*state, Ids(key, feature), times, seeds)
       # Two numbers past the last row say why there is none.
       return (table, known), jnp.where(found.unplaced, none + 1, jnp.where(found.refused, none, found.row))
 
     sent = *take(ids, distinct.lane), distinct.times, *(seed[distinct.lane] for seed in seeds)
     nobody, sent = jnp.full_like(way.row, none), [(part, 0) for part in sent]
-    (table, known), row = exchange.hand_over(self.axis, way, sent, (table, known), claim, nobody)
+    (table, known), row = exchange.hand_over(self.axis, way, sent, (table, known), answer, nobody)
     said = exchange.by_lookup(way, row, none).reshape(-1)
     known = with_lookups(known, lookups_of(len(columns), wanted, wanted & (said == none), said == none + 1))
     return table, known, way._replace(row=jnp.minimum(row, none))
@@ -319,12 +306,12 @@ class Dynamic(Static):
   def claimed(
     self,
     name: str,
+    step: Int32[Array, ''],
+    begin: Callable[..., Array],
     table: Table,
     known: Vocabulary,
     ids: Ids,
     times: Times,
-    step: Int32[Array, ''],
-    begin: Callable[..., Array],
     seeds: Sequence[Array],
   ) -> tuple[Table, Vocabulary, Resolved]:
     """Rows of this device's ids, with first vectors where they are new."""
