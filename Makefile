@@ -2,6 +2,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 BIN := .venv/bin
+# A file at a time, since the tests of a file share what they have made.
+PYTEST_FLAGS ?= -n 2 --dist loadfile
 DATA := data
 ROWS := 1000000
 
@@ -11,11 +13,11 @@ train: .venv/installed $(DATA)/train.csv
 	$(BIN)/python -m dlrm_jax.main --config=configs/quickstart.py --config.data_location=$(DATA)
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 # Everything, also what takes minutes: real kills, large files.
 test-slow: .venv/installed
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	$(BIN)/python -m pytest $(PYTEST_FLAGS) -m 'slow or not slow'
 
 lint: .venv/installed
 	$(BIN)/ruff check
