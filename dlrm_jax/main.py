@@ -1,6 +1,5 @@
 """python -m dlrm_jax.main --config=configs/bf16.py [--config.field=value ...]"""
 
-import ctypes
 import logging
 import os
 import re
@@ -10,14 +9,12 @@ from collections.abc import Iterator
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from dlrm_jax import distributed
+from dlrm_jax import distributed, memory
 from dlrm_jax import spec as specs
 
 FLAGS = flags.FLAGS
 # DeepRec's memory optimizer watches the steps between these two; XLA plans its memory when it compiles.
 WITHOUT_COUNTERPART = {'START_STATISTIC_STEP', 'STOP_STATISTIC_STEP'}
-# mallopt's numbers and what they are set to.
-MALLOC = {'M_ARENA_MAX': (-8, 1), 'M_MMAP_MAX': (-4, 0), 'M_TRIM_THRESHOLD': (-1, 2**31 - 1)}
 config_flags.DEFINE_config_file('config', None, 'Experiment file, for example configs/bf16.py.', lock_config=True)
 
 
@@ -96,25 +93,13 @@ def overrides(argv: list[str]) -> Iterator[tuple[str, str | None]]:
 def prepare_process(threads: int) -> None:
   """All that must be set before JAX starts: the threads of XLA (0: one per core), and what becomes of freed memory."""
   set_threads(threads)
-  keep_freed_memory()
+  memory.keep_freed_memory()
 
 
 def set_threads(count: int) -> None:
   """Limits the threads of XLA, which reads this variable when it starts."""
   if count:
     os.environ['NPROC'] = str(count)
-
-
-def keep_freed_memory() -> None:
-  """Has glibc's malloc keep what is freed, for the next step to use.
-
-  XLA:CPU allocates the scratch of a step anew each time. More than 32 MB would come from the system, which clears every
-  page of it: a fifth of a step at batch 8192. One arena, since the others are given back whatever is asked.
-  """
-  mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)  # only glibc has it
-  if mallopt:
-    for number, value in MALLOC.values():
-      mallopt(number, value)
 
 
 def fail(error: BaseException, code: int) -> int:
@@ -124,4 +109,5 @@ def fail(error: BaseException, code: int) -> int:
 
 
 if __name__ == '__main__':
+  memory.restart_with_huge_pages()
   sys.exit(main(sys.argv))

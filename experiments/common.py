@@ -26,10 +26,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dlrm_jax import memory
+
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / 'experiments' / 'records'
 CORES = len(os.sched_getaffinity(0))
 LEARNING_RATE = 0.002  # of all systems: the default of configs/base.py
+ENVIRONMENT = {memory.TUNABLES: f'{memory.HUGE_PAGES}=1'}  # of all systems, as main.py has it
 FLAGS = ('amx_bf16', 'avx512_bf16')  # of the processor: what makes bfloat16 products fast
 
 
@@ -87,7 +90,8 @@ def parser(kind: str, description: str, record: bool = True) -> argparse.Argumen
 def run(command: Sequence[str | Path]) -> tuple[dict[str, Any], float]:
   """The JSON in the last line that a command prints, and its peak memory in GB. Failed with its last words."""
   with tempfile.TemporaryFile('w+') as errors:
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=errors, text=True)
+    environment = {**ENVIRONMENT, **os.environ}
+    child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
     try:
       with child.stdout:
         output = child.stdout.read()
@@ -109,8 +113,8 @@ def in_process(function: Callable[..., Any], *arguments: Any, environment: Mappi
 
   environment: variables that the process has beside those of this one.
   """
-  spawn = multiprocessing.get_context('spawn')
-  with variables(environment or {}), concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+  spawn, environment = multiprocessing.get_context('spawn'), ENVIRONMENT | (environment or {})
+  with variables(environment), concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
     try:
       return pool.submit(function, *arguments).result()
     except Exception as error:

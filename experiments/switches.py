@@ -3,7 +3,7 @@
 Training from the CSV (see measurements.py) with one switch changed, beside the same repetition's run with the defaults:
 samples/s, their ratio (median and range over the repetitions) and peak memory. The allocators are preloaded, jemalloc
 with the MALLOC_CONF of DeepRec's own script. One process at a time, each of which fills its own table: half a minute
-for each of twelve rows and three repetitions. The machine must be idle.
+for each of fourteen rows and three repetitions. The machine must be idle.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dlrm_jax import memory
 from experiments import common, measurements
 from experiments.benchmark_rows import CONFIGS
 from experiments.benchmark_tables import spread
@@ -38,10 +39,11 @@ class Switch:
 
 def switches(batch_size: int) -> list[Switch]:
   """The defaults, and then one change each."""
-  jemalloc = {'MALLOC_CONF': MALLOC_CONF}
+  jemalloc, with_huge_pages = ({'MALLOC_CONF': conf} for conf in (MALLOC_CONF, f'{MALLOC_CONF},thp:always'))
   return [
     Switch(DEFAULTS),
     Switch('native off', {'native': False}),
+    Switch('huge pages off', environment={memory.TUNABLES: f'{memory.HUGE_PAGES}=0'}),
     Switch('embedding.dtype bfloat16', {'embedding': {'dtype': 'bfloat16'}}),
     Switch('data.cache on', {'data': {'cache': True}}),
     Switch('op_fusion off', {'op_fusion': False}),
@@ -51,6 +53,7 @@ def switches(batch_size: int) -> list[Switch]:
     Switch('inter 2', {'inter': 2}),
     Switch('intra 1', {'intra': 1}),
     Switch('jemalloc preloaded', library='jemalloc', environment=jemalloc),
+    Switch('jemalloc preloaded, thp:always', library='jemalloc', environment=with_huge_pages),
     Switch('tcmalloc preloaded', library='tcmalloc'),
   ]
 
