@@ -96,9 +96,9 @@ class Progress:
     """Whether there is a terminal that shows the bar."""
     return not self._bar.disable
 
-  def advance(self) -> None:
-    """One more step."""
-    self._bar.update(self._batch_size)
+  def advance(self, steps: int) -> None:
+    """So many steps more."""
+    self._bar.update(steps * self._batch_size)
 
   def show(self, loss: float) -> None:
     """The loss beside the bar."""
@@ -117,7 +117,7 @@ class Meter:
     self._since = time.perf_counter()
 
   def add(self, metrics: dict[str, Any]) -> None:
-    """The metrics of one more step."""
+    """The metrics of one more step, or of several together."""
     self._metrics.append(metrics)
 
   def read(self) -> Scalars:
@@ -145,7 +145,7 @@ class Stopwatch:
     return self._skip > 0
 
   def count(self, examples: int, result: Any) -> None:
-    """Another step was started, whose `result` can be waited for."""
+    """More was started, whose `result` can be waited for: one step, or also several when none are to be skipped."""
     if self._skip > 0:
       self._skip -= 1
       if self._skip == 0:

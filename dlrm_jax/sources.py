@@ -17,6 +17,7 @@ from dlrm_jax.data.stage import Staged, stage
 from dlrm_jax.distributed import Members
 from dlrm_jax.sharding import ALONE, Axis
 from dlrm_jax.spec import KEYED, Spec
+from dlrm_jax.stretches import Stacked
 
 # {'epoch', 'position'}: epochs done, rows of the next one done; and which ones, if they come from a work queue.
 Position = dict[str, Any]
@@ -57,9 +58,12 @@ def open_sources(spec: Spec) -> Sources:
 
 
 def train_batches(
-  sources: Sources, spec: Spec, position: Position, axis: Axis = ALONE, members: Members | None = None
+  sources: Sources, spec: Spec, position: Position, axis: Axis = ALONE, members: Members | None = None, stack: int = 0
 ) -> Staged:
-  """(batch on the devices, position after it), from `position` on without end. A context manager and iterator."""
+  """(batch on the devices, position after it), from `position` on without end. A context manager and iterator.
+
+  With `stack`: (so many batches, see `Stacked`, and the positions after each).
+  """
   if spec.data.workqueue:
     processes = (members or Members()).rounds()
     batches = queue_batches(sources.train, sources.reading, spec.batch_size, spec.seed, processes, position)
@@ -67,6 +71,7 @@ def train_batches(
     batches = pipeline.train_batches(
       sources.train, sources.reading, spec.batch_size, spec.seed, jax.process_index(), jax.process_count(), position
     )
+  batches = Stacked(batches, stack) if stack else batches
   place = functools.partial(axis.put, multiple=spec.micro_batch)
   return stage(batches, place, STAGE_DEPTH, background=spec.smartstaged)
 

@@ -43,6 +43,23 @@ def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[Train
   return new_state, {'loss': loss, 'examples': examples}
 
 
+def train_steps(
+  program: Program, state: TrainState, batches: Batch, first: int | Array, after: int | Array
+) -> tuple[TrainState, Metrics]:
+  """`train_step` on each of the batches from `first` to before `after` of a stack of them, [K, B, ...], in one loop.
+
+  The metrics are those of their examples together. Whatever the two numbers are, a step has the same bits.
+  """
+
+  def one(i: Array, carry: tuple[TrainState, Array, Array]) -> tuple[TrainState, Array, Array]:
+    state, loss, examples = carry
+    state, metrics = train_step(program, state, jax.tree.map(lambda leaf: leaf[i], batches))
+    return state, loss + metrics['loss'] * metrics['examples'], examples + metrics['examples']
+
+  state, loss, examples = jax.lax.fori_loop(first, after, one, (state, jnp.zeros(()), jnp.zeros(())))
+  return state, {'loss': loss / jnp.maximum(examples, 1), 'examples': examples}
+
+
 def gradients(
   program: Program, state: TrainState, vectors: Float[Array, 'B F D'], batch: Batch, examples: Float[Array, '']
 ) -> tuple[Array, tuple[Any, Array], Any]:
@@ -148,6 +165,11 @@ def jit_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[Trai
   specs = state_specs(program)
   step = program.axis.over(functools.partial(train_step, program), (specs, CUT), (specs, WHOLE))
   return jax.jit(step, donate_argnums=0, compiler_options=_options(program))
+
+
+def jit_train_steps(program: Program) -> Callable[[TrainState, Batch, int, int], tuple[TrainState, Metrics]]:
+  """`train_steps` on one device, compiled, as `jit_train_step` is."""
+  return jax.jit(functools.partial(train_steps, program), donate_argnums=0, compiler_options=_options(program))
 
 
 def jit_predict(program: Program) -> Callable[[TrainState, Batch], tuple[Array, Array, Array]]:

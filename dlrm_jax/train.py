@@ -9,7 +9,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from dlrm_jax.sharding import all_devices, of_all, of_first
 from dlrm_jax.sources import Position, Sources
 from dlrm_jax.spec import Spec
 from dlrm_jax.state import abstract_state, init_state
-from dlrm_jax.step import jit_predict, jit_train_step
+from dlrm_jax.step import jit_predict
+from dlrm_jax.stretches import Stretches, jit_train_stretch, stack_size
 from dlrm_jax.structs import Batch, TrainState
 from dlrm_jax.upkeep import PEAK, Upkeep, bytes_of, numbers_of, per_column
 
@@ -118,24 +119,28 @@ def is_first() -> bool:
 
 def train(run: Run) -> None:
   """The training loop. Stopped, after a checkpoint, if a signal asked for it."""
-  spec, step_fn, upkeep = run.spec, jit_train_step(run.program), Upkeep(run.program)
-  watch, meter, stop = Stopwatch(WARMUP_STEPS), Meter(), 0
+  spec, step_fn, upkeep = run.spec, jit_train_stretch(run.program), Upkeep(run.program)
+  watch, meter, metrics, stop = Stopwatch(WARMUP_STEPS), Meter(), None, 0
   with (
-    sources.train_batches(run.sources, spec, run.position, run.program.axis, run.members) as batches,
+    sources.train_batches(
+      run.sources, spec, run.position, run.program.axis, run.members, stack_size(run.program)
+    ) as batches,
     Progress(run.step, run.last_step, spec.batch_size, is_first()) as progress,
     run.members.watchdog(spec.watchdog_seconds) as watchdog,
     StopSignals() as signals,
   ):
+    stretches = Stretches(batches)
     while run.step < run.last_step and not stop:
-      batch, run.position = next(batches)
+      stretch = stretches.take(1 if watch.is_warming else until_due(run, upkeep.periods))
       with watchdog.paused() if watch.is_warming else contextlib.nullcontext(), timeline(run):
-        run.state, metrics = step_fn(run.state, batch)
-      run.step += 1
+        before, (run.state, metrics) = metrics, step_fn(run.state, stretch)
+      run.step, run.position = run.step + stretch.steps, stretch.position
       with watchdog.paused():
         run.state = upkeep(run.state, run.step)
-      progress.advance()
+      jax.block_until_ready(before)  # the device has one more stretch to do; more would only be slow to stop
+      progress.advance(stretch.steps)
       meter.add(metrics)
-      watch.count(spec.batch_size, metrics)
+      watch.count(stretch.steps * spec.batch_size, metrics)
       watchdog.step_done(run.step)
 
       last = run.step == run.last_step
@@ -160,6 +165,16 @@ def train(run: Run) -> None:
     run.save()
     run.checkpoints.wait()
     raise Stopped(stop)
+
+
+def until_due(run: Run, periods: Sequence[int]) -> int:
+  """Steps up to the next one after which something is to happen, `periods` of steps included."""
+  spec = run.spec
+  all_periods = (spec.save_steps, spec.eval_every, spec.log_every, *periods)
+  left = [run.last_step - run.step, *(period - run.step % period for period in all_periods if period)]
+  if spec.timeline:  # a profile is of one step
+    left.append(max(1, spec.timeline - run.step % spec.timeline - 1))
+  return min(left)
 
 
 def every(steps: int, step: int) -> bool:

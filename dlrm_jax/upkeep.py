@@ -23,6 +23,7 @@ from dlrm_jax.embeddings.layout import TableLayout
 from dlrm_jax.native.rows import xla_write
 from dlrm_jax.program import Program
 from dlrm_jax.sharding import ALONE
+from dlrm_jax.spec import KEYED
 from dlrm_jax.state import state_placing
 from dlrm_jax.structs import Directory, Table, TrainState, Vocabulary
 
@@ -36,7 +37,11 @@ PEAK = 2
 
 
 class Upkeep:
-  """Called after every step with the state, gives the state to go on with."""
+  """Called with the state after a step, gives the state to go on with.
+
+  Attributes:
+    periods: it must be called after every step that is a multiple of one of these, and may be after others.
+  """
 
   def __init__(self, program: Program) -> None:
     embedding = program.spec.embedding
@@ -51,6 +56,9 @@ class Upkeep:
     self._drop = self._jit(_drop, static_argnums=1)
     self._grow = self._jit(grown_parts, 'tables', 'known', static_argnums=2)
     self._at_limit: set[str] = set()
+    evicts, changes = embedding.eviction.name != 'never', embedding.width.name == 'dynamic'
+    periods = [(evicts, embedding.eviction.every), (changes, embedding.width.every), (True, LOOK_EVERY)]
+    self.periods = [every for wanted, every in periods if wanted and embedding.kind in KEYED]
 
   def _jit(self, function: Callable[..., Any], *parts: str, **options: Any) -> Callable[..., Any]:
     """`function` of a table's name and its arguments, compiled; it returns these parts of the state for that table."""

@@ -101,29 +101,30 @@ def train(
   return rates
 
 
-def ready_batches(program: Any, opened: Any, rows: int = POOL_ROWS) -> list[Any]:
-  """The first whole batches of the data, on the device."""
+def ready_batches(program: Any, opened: Any, rows: int = POOL_ROWS, stack: int = 0) -> list[Any]:
+  """The first whole batches of the data, on the device; or stacks of so many of them."""
   from dlrm_jax import sources
 
-  count = min(rows, opened.train.rows) // program.spec.batch_size
-  with sources.train_batches(opened, program.spec, sources.START) as batches:
+  count = max(1, min(rows, opened.train.rows) // program.spec.batch_size // max(1, stack))
+  with sources.train_batches(opened, program.spec, sources.START, stack=stack) as batches:
     return [batch for batch, _ in itertools.islice(batches, count)]
 
 
 def _in_memory(program: Any, opened: Any, state: Any, samples: int) -> tuple[float, Any]:
   import jax
 
-  from dlrm_jax.step import jit_train_step
+  from dlrm_jax.stretches import Stretch, jit_train_stretch, stack_size
 
-  size = program.spec.batch_size
-  batches, step, rates = itertools.cycle(ready_batches(program, opened)), jit_train_step(program), []
-  steps = max(1, samples // STRETCHES // size)
-  for count in (WARM_UP_STEPS, *[steps] * STRETCHES):
+  steps = stack_size(program)
+  stacks, step, rates = itertools.cycle(ready_batches(program, opened, stack=steps)), jit_train_stretch(program), []
+  examples = steps * program.spec.batch_size
+  calls = max(1, samples // STRETCHES // examples)
+  for count in (-(-WARM_UP_STEPS // steps), *[calls] * STRETCHES):
     start = time.perf_counter()
-    for batch in itertools.islice(batches, count):
-      state, _ = step(state, batch)
+    for stack in itertools.islice(stacks, count):
+      state, _ = step(state, Stretch(stack, 0, steps, None))
     jax.block_until_ready(state)
-    rates.append(count * size / (time.perf_counter() - start))
+    rates.append(count * examples / (time.perf_counter() - start))
   return statistics.median(rates[1:]), state
 
 

@@ -19,7 +19,7 @@ from dlrm_jax.logs import Progress, setup_logging
 setup_logging()
 with Progress(10, 20, 512) as bar:
   for step in range(10):
-    bar.advance()
+    bar.advance(1)
     bar.show(0.5)
   logging.info('visible %s', bar.visible)
 """
