@@ -12,7 +12,7 @@ from dlrm_jax.embeddings.layout import BLOCK, PARTS, TableLayout
 from dlrm_jax.optim import bits
 from dlrm_jax.program import make_program
 from dlrm_jax.sharding import CUT, FEW, NAME, WHOLE, Axis
-from dlrm_jax.state import abstract_state, init_state, state_specs
+from dlrm_jax.state import abstract_state, init_state, state_placing, state_specs
 from dlrm_jax.step import jit_predict, jit_train_step
 from dlrm_jax.structs import Batch
 from tests.helpers import devices, small_spec
@@ -171,6 +171,26 @@ def test_all_to_all_copies_no_table(kind):
   memory = jit_train_step(program).lower(state, jax.eval_shape(lambda: make_batch(0))).compile().memory_analysis()
   a_part = state.tables['fused'].value.size * 4 / 4
   assert memory.temp_size_in_bytes < a_part / 2
+
+
+@pytest.mark.parametrize('case', ['static', pytest.param('counter', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('native', [True, False])
+def test_logits_have_the_same_bits_on_any_number_of_devices(case, native):
+  fields = CASES[case] | {'native': native, 'model__bottom_mlp': (64, 32), 'model__top_mlp': (64, 32)}
+  alone = make_program(small_spec('data', 'result', **fields))
+  state, step = init_state(alone), jit_train_step(alone)
+  for seed in range(3):
+    state, _ = step(state, make_batch(seed))
+  state, batches, logits = jax.device_get(state), [make_batch(seed, size=64) for seed in range(4)], []
+  for number in (1, 2, 4):
+    program, parts = make_program(small_spec('data', 'result', **fields), devices(number)), []
+    placed, predict = jax.device_put(state, state_placing(program)), jit_predict(program)
+    for first in range(0, 4, number):  # every device has one of the batches
+      batch = jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches[first : first + number])
+      parts.append(np.asarray(predict(placed, program.axis.put(batch))[0]))
+    logits.append(np.concatenate(parts))
+  np.testing.assert_array_equal(logits[0], logits[1])
+  np.testing.assert_array_equal(logits[0], logits[2])
 
 
 def test_every_device_has_an_equal_part_of_the_rows():

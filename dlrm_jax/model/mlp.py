@@ -82,5 +82,6 @@ def update_running(running: Running, mean: Array, variance: Array, total: Array)
 def debiased(running: Running) -> tuple[Array, Array]:
   """Running mean and variance as a proper average of what was seen, so that a short run evaluates well; else (0, 1)."""
   seen = running['mass'] > 0
-  mass = jnp.where(seen, running['mass'], 1)
-  return running['mean'] / mass, jnp.where(seen, running['variance'] / mass, 1)
+  # Of divisions by one number XLA makes this itself, but not in all programs, and all are to evaluate alike to the bit.
+  share = 1 / jnp.where(seen, running['mass'], 1)
+  return running['mean'] * share, jnp.where(seen, running['variance'] * share, 1)
