@@ -62,7 +62,7 @@ def train_batches(
 ) -> Staged:
   """(batch on the devices, position after it), from `position` on without end. A context manager and iterator.
 
-  With `stack`: (so many batches, see `Stacked`, and the positions after each).
+  With `stack`: (so many batches, the places after each), see `Stacked`.
   """
   if spec.data.workqueue:
     processes = (members or Members()).rounds()

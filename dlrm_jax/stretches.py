@@ -18,13 +18,20 @@ from dlrm_jax.structs import Batch, TrainState
 MOST_STEPS, MOST_EXAMPLES = 20, 10240
 
 
+class Place(NamedTuple):
+  """Where the data stands after a batch."""
+
+  position: Any
+  skipped_rows: int  # of this process, so far
+
+
 class Stretch(NamedTuple):
   """Some batches out of a stack of them."""
 
   batches: Batch  # the stack, [K, B, ...]; or, where stacks have one, that batch
   first: int  # of the stack
   after: int
-  position: Any  # of the data, after the last of these batches
+  place: Place  # after the last of these batches
 
   @property
   def steps(self) -> int:
@@ -38,7 +45,7 @@ def stack_size(program: Program) -> int:
 
 
 class Stacked:
-  """Iterator over (stack of `size` batches, their positions), from one over (batch, position after it)."""
+  """Iterator over (stack of `size` batches, the places after each), from one of pipeline.py's or queue_reader.py's."""
 
   def __init__(self, batches: Any, size: int) -> None:
     self._batches, self._size = batches, size
@@ -46,14 +53,13 @@ class Stacked:
   def __iter__(self) -> 'Stacked':
     return self
 
-  def __next__(self) -> tuple[Batch, list[Any]]:
-    batches, positions = zip(*[next(self._batches) for _ in range(self._size)], strict=True)
-    return (batches[0] if self._size == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *batches)), positions
-
-  @property
-  def skipped_rows(self) -> int:
-    """Of the batches."""
-    return self._batches.skipped_rows
+  def __next__(self) -> tuple[Batch, list[Place]]:
+    batches, places = [], []
+    for _ in range(self._size):
+      batch, position = next(self._batches)
+      batches.append(batch)
+      places.append(Place(position, self._batches.skipped_rows))
+    return batches[0] if self._size == 1 else jax.tree.map(lambda *leaves: np.stack(leaves), *batches), places
 
   def close(self) -> None:
     """Closes the batches."""
@@ -61,18 +67,18 @@ class Stacked:
 
 
 class Stretches:
-  """Cuts (stack on the device, positions) into stretches."""
+  """Cuts stacks on the device, with the places after their batches, into stretches."""
 
-  def __init__(self, stacks: Iterator[tuple[Batch, list[Any]]]) -> None:
+  def __init__(self, stacks: Iterator[tuple[Batch, list[Place]]]) -> None:
     self._stacks = stacks
-    self._stack, self._positions, self._first = None, [], 0
+    self._stack, self._places, self._first = None, [], 0
 
   def take(self, most: int) -> Stretch:
     """The next stretch, of at most so many steps."""
-    if self._first == len(self._positions):
-      (self._stack, self._positions), self._first = next(self._stacks), 0
-    first, self._first = self._first, min(self._first + most, len(self._positions))
-    return Stretch(self._stack, first, self._first, self._positions[self._first - 1])
+    if self._first == len(self._places):
+      (self._stack, self._places), self._first = next(self._stacks), 0
+    first, self._first = self._first, min(self._first + most, len(self._places))
+    return Stretch(self._stack, first, self._first, self._places[self._first - 1])
 
 
 def jit_train_stretch(program: Program) -> Callable[[TrainState, Stretch], tuple[TrainState, Metrics]]:

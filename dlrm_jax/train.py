@@ -134,7 +134,7 @@ def train(run: Run) -> None:
       stretch = stretches.take(1 if watch.is_warming else until_due(run, upkeep.periods))
       with watchdog.paused() if watch.is_warming else contextlib.nullcontext(), timeline(run):
         before, (run.state, metrics) = metrics, step_fn(run.state, stretch)
-      run.step, run.position = run.step + stretch.steps, stretch.position
+      run.step, (run.position, run.skipped_rows) = run.step + stretch.steps, stretch.place
       with watchdog.paused():
         run.state = upkeep(run.state, run.step)
       jax.block_until_ready(before)  # the device has one more stretch to do; more would only be slow to stop
@@ -159,7 +159,7 @@ def train(run: Run) -> None:
       stop = run.members.stop(run.step, signals.received)
     watch.pause(run.state)
   run.samples_per_second = watch.rate()
-  run.skipped_rows = sum(of_all(batches.items.skipped_rows))
+  run.skipped_rows = sum(of_all(run.skipped_rows))
   warn_of_skipped(run.skipped_rows, 'training')
   if stop:
     run.save()

@@ -6,12 +6,12 @@ import sys
 
 # Each may import only from those before it (and from its own group).
 ORDER = [
-  ['structs', 'spec', 'words', 'sharding', 'peers', 'watchdog'],
+  ['structs', 'spec', 'words', 'sharding', 'peers', 'watchdog', 'memory'],
   ['native'],
   ['optim', 'model', 'metrics'],
   ['embeddings'],
   ['data'],
-  ['program', 'state', 'step', 'upkeep'],
+  ['program', 'state', 'step', 'stretches', 'upkeep'],
   ['checkpoint', 'distributed', 'evaluate', 'logs', 'sources'],
   ['train'],
   ['main', 'inspect_checkpoint', 'launch'],

@@ -23,7 +23,8 @@ from dlrm_jax.evaluate import evaluate
 from dlrm_jax.optim import bits
 from dlrm_jax.program import make_program
 from dlrm_jax.state import init_state
-from dlrm_jax.step import jit_predict, jit_train_step
+from dlrm_jax.step import jit_predict
+from dlrm_jax.stretches import Stretches, jit_train_stretch, stack_size
 from dlrm_jax.upkeep import Upkeep
 from tests.embeddings import reference_variables as reference
 from tests.helpers import DEVICES, SMALL, devices, small_spec
@@ -213,9 +214,12 @@ def test_a_row_trains_evicts_stops_goes_on_and_evaluates(stream, tmp_path, row, 
   axis = devices(int(row['devices']))
   program = make_program(spec, axis)
   run = Whole(program)
-  with sources.train_batches(sources.open_sources(spec), spec, sources.START, axis) as batches:
+  with sources.train_batches(
+    sources.open_sources(spec), spec, sources.START, axis, stack=stack_size(program)
+  ) as batches:
+    stretches = Stretches(batches)
     for number in range(1, STEPS + 1):
-      run.step(next(batches)[0], number)
+      run.step(stretches.take(1), number)
   assert_learned(run.losses)
   if run.state.known:
     assert_ids(run, row)
@@ -243,7 +247,7 @@ class Whole:
 
   def __init__(self, program):
     self.program, self.state = program, init_state(program)
-    self.step_fn, self.upkeep = jit_train_step(program), Upkeep(program)
+    self.step_fn, self.upkeep = jit_train_stretch(program), Upkeep(program)
     self.losses, self.load = [], 0.0
     pages = lambda directory: directory.entry.shape[0]
     known = self.state.known
@@ -253,9 +257,11 @@ class Whole:
     first = {name: pages(vocabulary.directory) for name, vocabulary in known.items()}
     self.expected = reference.Program(program.spec.embedding, columns, first, waiting) if known else None
 
-  def step(self, batch, number):
+  def step(self, stretch, number):
     """The step of this number, counted from 1, and what happens after it."""
-    self.state, metrics = self.step_fn(self.state, batch)
+    self.state, metrics = self.step_fn(self.state, stretch)
+    alone = stack_size(self.program) == 1
+    batch = stretch.batches if alone else jax.tree.map(lambda leaf: leaf[stretch.first], stretch.batches)
     self.losses.append(float(metrics['loss']))
     if self.expected:
       self.expected.lookup(ids_of(batch), number - 1)

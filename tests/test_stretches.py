@@ -69,10 +69,24 @@ def test_the_size_of_a_stack():
   assert of(512, devices(2)) == 1
 
 
+class Batches:
+  """Batches of one number, their own, with as many tens of skipped rows."""
+
+  def __init__(self, count, make=lambda number: np.array([number])):
+    self.skipped_rows, self._count, self._make, self._next = 0, count, make, 0
+
+  def __next__(self):
+    if self._next == self._count:
+      raise StopIteration
+    number, self._next = self._next, self._next + 1
+    self.skipped_rows = 10 * number
+    return self._make(number), number
+
+
 @pytest.mark.parametrize('size', [1, 4])
 def test_stretches_are_the_batches_in_order_with_their_positions(size):
   rng = np.random.default_rng(0)
-  stretches = Stretches(iter(Stacked(((np.array([i]), i) for i in range(400)), size)))
+  stretches = Stretches(Stacked(Batches(400), size))
   seen = []
   while len(seen) < 300:
     most = int(rng.integers(1, 7))
@@ -80,22 +94,22 @@ def test_stretches_are_the_batches_in_order_with_their_positions(size):
     assert 1 <= stretch.steps <= min(most, size)
     batches = stretch.batches[None] if size == 1 else stretch.batches
     seen += batches[stretch.first : stretch.after, 0].tolist()
-    assert stretch.position == seen[-1]
+    assert stretch.place == (seen[-1], 10 * seen[-1])
   assert seen == list(range(len(seen)))
 
 
 def test_a_stack_that_cannot_be_filled_ends_the_batches():
-  assert [positions for _, positions in Stacked(((np.zeros(1), i) for i in range(7)), 3)] == [(0, 1, 2), (3, 4, 5)]
+  assert [[place.position for place in places] for _, places in Stacked(Batches(7), 3)] == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_large_batches_and_several_devices_go_one_by_one():
   program = make_program(small_spec('data', 'result'), devices(2))
   state, put = init_state(program), program.axis.put
-  stretches = Stretches(iter(Stacked(((put(make_batch(seed)), seed) for seed in range(3)), stack_size(program))))
+  stretches = Stretches(Stacked(Batches(3, lambda seed: put(make_batch(seed))), stack_size(program)))
   for seed in range(3):
     stretch = stretches.take(5)
     state, metrics = jit_train_stretch(program)(state, stretch)
-    assert (stretch.position, stretch.steps, float(metrics['examples'])) == (seed, 1, 29)
+    assert (stretch.place.position, stretch.steps, float(metrics['examples'])) == (seed, 1, 29)
   assert int(state.step) == 3
 
 

@@ -12,7 +12,10 @@ import pytest
 
 from tests.k8s.checks import FOLDER, ROOT
 
-TEST_TOOLS = {'beartype', 'hypothesis', 'jsonschema', 'kubernetes-validate', 'pytest', 'pyyaml', 'ruff', 'scikit-learn'}
+TEST_TOOLS = {
+  'beartype', 'hypothesis', 'jsonschema', 'kubernetes-validate', 'pytest', 'pytest-xdist', 'pyyaml', 'ruff',
+  'scikit-learn',
+}  # fmt: skip
 
 
 def instructions(text):
