@@ -13,7 +13,17 @@ from dlrm_jax import train
 from dlrm_jax.data.layout import Layout
 from dlrm_jax.data.synthetic import main as make_data
 from dlrm_jax.structs import Batch
-from experiments import benchmark, benchmark_tables, common, limits, measurements, quality, step_parts, switches
+from experiments import (
+  benchmark,
+  benchmark_tables,
+  common,
+  limits,
+  measurements,
+  quality,
+  scaling_quality,
+  step_parts,
+  switches,
+)
 from experiments.benchmark_rows import EAGER, TF1, TORCH, Row, dlrm_jax_rows, peer_rows
 from experiments.benchmark_tables import Measured
 from experiments.measurements import Loaded, Rates
@@ -401,3 +411,22 @@ def test_run_returns_the_last_line_and_fails_with_the_last_words():
   assert 0.001 < peak < 1e3
   with pytest.raises(common.Failed, match='exit code 3: bad luck'):
     common.run([common.sys.executable, '-c', 'import sys; print("bad luck", file=sys.stderr); sys.exit(3)'])
+
+
+def test_the_quality_of_several_processes_is_beside_that_of_the_first():
+  args = argparse.Namespace(configs=('base',), optimizers=('adam', 'adagrad'), seeds=(3,), processes=(1, 2))
+  known = {('adam', '1'): 0.7, ('adam', '2'): 0.7001, ('adam', scaling_quality.OTHER_KERNELS): 0.69995}
+  asked = []
+
+  def run(args, config, optimizer, seed, processes, output):
+    asked.append((config, optimizer, seed, processes))
+    return known.get((optimizer, processes), 0.6)
+
+  text = scaling_quality.render(scaling_quality.measure(args, run))
+  assert asked == [
+    ('base', optimizer, 3, processes)
+    for optimizer in args.optimizers
+    for processes in ('1', '2', scaling_quality.OTHER_KERNELS)
+  ]
+  assert '| base, adam, seed 3 | 0.70000 | +1.00 | -0.50 |' in text
+  assert '| base, adagrad, seed 3 | 0.60000 | +0.00 | +0.00 |' in text
