@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from dlrm_jax import cluster as clusters
 from dlrm_jax import distributed, memory
 from dlrm_jax import spec as specs
 
@@ -22,10 +23,10 @@ def main(argv: list[str]) -> int:
   """Runs the experiment; the exit code is 0 only if everything was written."""
   try:
     spec = specs.from_config(parse(argv))
-    cluster = distributed.from_environment(os.environ)
+    cluster = clusters.from_environment(os.environ)
   except specs.SpecError as error:
     return fail(error, 2)
-  except distributed.NothingToDo as reason:
+  except clusters.NothingToDo as reason:
     print(reason, file=sys.stderr)
     return 0
   prepare_process(spec.intra)

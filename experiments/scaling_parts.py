@@ -20,11 +20,11 @@ TABLES_SHARE = 512  # examples of a device, for the tables' part
 
 def time_collectives() -> None:
   """Prints the seconds of an all-to-all of each of SIZES, in a process among those of a launcher."""
-  from dlrm_jax import distributed, main
+  from dlrm_jax import cluster, distributed, main
 
   main.prepare_process(0)
   distributed.quiet()
-  with distributed.joined(distributed.from_environment(os.environ), 'gloo') as members:
+  with distributed.joined(cluster.from_environment(os.environ), 'gloo') as members:
     seconds = _seconds_of_collectives()
     if members.index == 0:
       print(json.dumps(seconds), flush=True)

@@ -14,7 +14,8 @@ import time
 import pytest
 
 from dlrm_jax import distributed
-from dlrm_jax.distributed import LOST, STUCK, Cluster, NothingToDo, from_environment
+from dlrm_jax.cluster import Cluster, NothingToDo, from_environment
+from dlrm_jax.distributed import LOST, STUCK
 from dlrm_jax.spec import SpecError
 
 # Without what JAX, imported by other tests, has put there.

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 
+from dlrm_jax import cluster as clusters
 from dlrm_jax import distributed
 
 
@@ -61,7 +62,7 @@ def main(steps, fail_at=-1, stuck_at=-1):
   distributed.quiet()
   from dlrm_jax.logs import setup_logging
 
-  cluster = distributed.from_environment(os.environ)
+  cluster = clusters.from_environment(os.environ)
   setup_logging(cluster.index if cluster else 0)
   with distributed.joined(cluster, 'gloo') as members:
     stop = train(members, steps, fail_at, stuck_at, float(os.environ.get('TOY_WATCHDOG', '0')))
