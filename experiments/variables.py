@@ -106,22 +106,23 @@ def speed(fields: dict[str, Any], passes: int, data: Path, batch_size: int, samp
   from dlrm_jax import sources
   from dlrm_jax.program import make_program
   from dlrm_jax.state import init_state
-  from dlrm_jax.step import jit_train_step
+  from dlrm_jax.stretches import Stretch, jit_train_stretch, stack_size
   from dlrm_jax.upkeep import Upkeep, numbers_of
 
   program = make_program(common.make_spec('base', data, 0, batch_size, no_eval=True, embedding=fields))
   opened = sources.open_sources(program.spec)
   if opened.train.rows < batch_size:
     raise common.Failed(f'{opened.train.rows} rows of data are less than one batch of {batch_size}')
-  batches, step, upkeep = measurements.ready_batches(program, opened, samples), jit_train_step(program), Upkeep(program)
-  steps, growths = itertools.count(1), []
+  at_once, step, upkeep = stack_size(program), jit_train_stretch(program), Upkeep(program)
+  stacks = measurements.ready_batches(program, opened, samples, stack=at_once)
+  steps, growths = itertools.count(at_once, at_once), []
   rows_of = lambda state: [table.value.shape[0] for table in state.tables.values()]
 
   def train(state: Any, some: Sequence[Any]) -> Any:
     grew = False
-    for batch in some:
+    for stack in some:
       start = time.perf_counter()
-      state, _ = step(state, batch)
+      state, _ = step(state, Stretch(stack, 0, at_once, None))
       if grew:  # to start this step has compiled it
         growths[-1] += time.perf_counter() - start
       rows, start = rows_of(state), time.perf_counter()
@@ -134,16 +135,16 @@ def speed(fields: dict[str, Any], passes: int, data: Path, batch_size: int, samp
   before = resident_gb()
   state = jax.block_until_ready(init_state(program))
   measured = resident_gb() - before
-  state = train(state, batches[: measurements.WARM_UP_STEPS])  # what compiles, compiles before the clock starts
+  state = train(state, stacks[: measurements.WARM_UP_STEPS // at_once])  # which compiles
   del state
   state, rates, first = jax.block_until_ready(init_state(program)), [], {}
-  steps, growths = itertools.count(1), []
+  steps, growths = itertools.count(at_once, at_once), []
   for number in range(passes + 1):
     start = time.perf_counter()
-    state = train(state, batches)
-    rates.append(len(batches) * batch_size / (time.perf_counter() - start))
+    state = train(state, stacks)
+    rates.append(len(stacks) * at_once * batch_size / (time.perf_counter() - start))
     first = first if number else numbers_of(state.known)
-  share = first.get('ids_admitted', 0) / (len(batches) * batch_size * 26)
+  share = first.get('ids_admitted', 0) / (len(stacks) * at_once * batch_size * 26)
   gigabytes = computed(program.spec.embedding), measured, common.own_peak()
   return Speed(rates, share, len(growths), sum(growths), *gigabytes)
 
