@@ -14,7 +14,7 @@ def restart_with_huge_pages() -> None:
   """Starts the command of this process anew with huge pages, unless it has them or was told not to.
 
   A step reads and writes rows all over the tables. With pages of 4 KB the processor has to look up where nearly each of
-  them is: that took three times as long, a fifth of a step at batch 512. glibc decides when it starts, hence anew.
+  them is: rows that no cache holds take three times as long. glibc decides when it starts, hence anew.
   """
   tunables = os.environ.get(TUNABLES, '')
   if sys.platform == 'linux' and HUGE_PAGES not in tunables:
