@@ -39,7 +39,7 @@ from experiments.scaling_tables import (
 LAUNCH = 'import sys; from dlrm_jax.launch import Launcher; sys.exit(Launcher(sys.argv[2:], int(sys.argv[1])).run())'
 WARM_UP = 20  # steps that samples_per_second leaves out
 PARTS = 960  # of a table, so that those are cut among processes whose number divides it; else all hold them
-TIMED = 10  # devices at most, of which the tables' part is timed
+TIMED = 16  # devices at most, of which the tables' part is timed
 SWEEPING = 4  # a config whose Adam moves every row gets so many times fewer samples
 COMPILE_ONCE = {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}
 
