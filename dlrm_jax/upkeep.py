@@ -40,7 +40,7 @@ class Upkeep:
   """Called with the state after a step, gives the state to go on with.
 
   Attributes:
-    periods: it must be called after every step that is a multiple of one of these, and may be after others.
+    periods: it must be called after every step that is a multiple of one of these (0: never), and may be after others.
   """
 
   def __init__(self, program: Program) -> None:
@@ -56,9 +56,9 @@ class Upkeep:
     self._drop = self._jit(_drop, static_argnums=1)
     self._grow = self._jit(grown_parts, 'tables', 'known', static_argnums=2)
     self._at_limit: set[str] = set()
-    evicts, changes = embedding.eviction.name != 'never', embedding.width.name == 'dynamic'
-    periods = [(evicts, embedding.eviction.every), (changes, embedding.width.every), (True, LOOK_EVERY)]
-    self.periods = [every for wanted, every in periods if wanted and embedding.kind in KEYED]
+    self._evict_every = embedding.eviction.every if embedding.eviction.name != 'never' else 0
+    self._refresh_every = embedding.width.every if embedding.width.name == 'dynamic' else 0
+    self.periods = (self._evict_every, self._refresh_every, LOOK_EVERY) if embedding.kind in KEYED else ()
 
   def _jit(self, function: Callable[..., Any], *parts: str, **options: Any) -> Callable[..., Any]:
     """`function` of a table's name and its arguments, compiled; it returns these parts of the state for that table."""
@@ -75,8 +75,7 @@ class Upkeep:
     """Evicts, ends periods of widths and grows, where it is time."""
     if not state.known:
       return state
-    eviction, widths = self._embedding.eviction, self._embedding.width
-    if eviction.name != 'never' and step % eviction.every == 0:
+    if self._evict_every and step % self._evict_every == 0:
       before = _total(state.known, 'evicted')
       known = {
         name: self._evict(name, known, state.tables[name].value, state.step - 1, self._features[name])
@@ -84,7 +83,7 @@ class Upkeep:
       }
       state = state.replace(known=known)
       logging.info('step %d: %d ids evicted', step, _total(known, 'evicted') - before)
-    if widths.name == 'dynamic' and step % widths.every == 0:
+    if self._refresh_every and step % self._refresh_every == 0:
       state = state.replace(known={name: self._refresh(name, known) for name, known in state.known.items()})
     if step % LOOK_EVERY == 0:
       full = {name: parts for name, known in state.known.items() if (parts := full_parts(known))}

@@ -74,9 +74,9 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--constant', action='store_true', help='the learning rate does not decay')
   args = parser.parse_args(argv)
   args.data = common.check_data(args.data, 'train.csv', 'eval.csv')
-  epoch = -(-common.in_process(rows_of, args.data) // args.batch_size)
-  args.steps = min(args.steps or epoch, epoch)
   try:
+    epoch = -(-common.in_process(rows_of, args.data) // args.batch_size)
+    args.steps = min(args.steps or epoch, epoch)
     results = measure(args)
   except common.Failed as error:
     raise SystemExit(f'error: {error}') from None
