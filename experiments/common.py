@@ -188,6 +188,11 @@ def run_peer(peer: Peer, mode: str, **flags: Any) -> tuple[dict[str, Any], float
   return run([peer.python, peer.path / peer.script, *words])
 
 
+def words(text: str) -> tuple[str, ...]:
+  """What commas part."""
+  return tuple(text.split(','))
+
+
 def numbers(text: str) -> tuple[int, ...]:
   """Whole numbers separated by commas."""
   return tuple(int(word) for word in text.split(','))

@@ -63,10 +63,9 @@ def render(results: Results) -> str:
 def main(argv: list[str]) -> None:
   """Trains everything, prints the table and writes the record."""
   parser = common.parser('scaling_quality', __doc__)
-  words = lambda text: tuple(text.split(','))
   parser.add_argument('--data', type=Path, default=Path('data'), help='folder with train.csv and eval.csv (data)')
-  parser.add_argument('--configs', type=words, default=('base', 'dynamic'), help='base,dynamic')
-  parser.add_argument('--optimizers', type=words, default=('adamasync',), help='adamasync')
+  parser.add_argument('--configs', type=common.words, default=('base', 'dynamic'), help='base,dynamic')
+  parser.add_argument('--optimizers', type=common.words, default=('adamasync',), help='adamasync')
   parser.add_argument('--seeds', type=common.numbers, default=(1, 2), help='1,2')
   parser.add_argument('--processes', type=common.numbers, default=(1, 2, 4), help='1,2,4')
   parser.add_argument('--batch_size', type=int, default=512)

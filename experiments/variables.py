@@ -252,15 +252,14 @@ def main(argv: list[str]) -> None:
   """Measures, prints the tables and writes the record."""
   parser = common.parser('variables', __doc__)
   parser.add_argument('--data', type=Path, default=Path('data'), help='folder with train.csv and eval.csv (data)')
-  words = lambda text: tuple(text.split(','))
-  parser.add_argument('--parts', type=words, default=PARTS, help=f'of {",".join(PARTS)}, which are the default')
-  parser.add_argument('--sizes', type=words, default=SIZES, help=f'speed: of {",".join(SIZES)}, which are the default')
+  parser.add_argument('--parts', type=common.words, default=PARTS, help=f'of {",".join(PARTS)}, which are the default')
+  parser.add_argument('--sizes', type=common.words, default=SIZES, help=f'speed: of {",".join(SIZES)}, all by default')
   parser.add_argument('--batch_sizes', type=common.numbers, default=(512, 8192), help='speed (512,8192)')
   parser.add_argument('--samples', type=int, default=262_144, help='speed: of a pass (262,144)')
   parser.add_argument('--repetitions', type=int, default=3, help='speed (3)')
   parser.add_argument('--batch_size', type=int, default=512, help='quality (512)')
   runs_help = f'quality: of {",".join(RUNS)}, which are the default'
-  parser.add_argument('--runs', type=words, default=RUNS, help=runs_help)
+  parser.add_argument('--runs', type=common.words, default=RUNS, help=runs_help)
   parser.add_argument('--directory_rows', type=int, default=0, help='quality (in the memory of the static tables)')
   args = parser.parse_args(argv)
   for name, known in (('parts', PARTS), ('sizes', SIZES), ('runs', RUNS)):
