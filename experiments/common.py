@@ -90,8 +90,7 @@ def parser(kind: str, description: str, record: bool = True) -> argparse.Argumen
 def run(command: Sequence[str | Path]) -> tuple[dict[str, Any], float]:
   """The JSON in the last line that a command prints, and its peak memory in GB. Failed with its last words."""
   with tempfile.TemporaryFile('w+') as errors:
-    environment = {**ENVIRONMENT, **os.environ}
-    child = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+    child = subprocess.Popen(command, cwd=ROOT, env=of_child(), stdout=subprocess.PIPE, stderr=errors, text=True)
     try:
       with child.stdout:
         output = child.stdout.read()
@@ -113,12 +112,17 @@ def in_process(function: Callable[..., Any], *arguments: Any, environment: Mappi
 
   environment: variables that the process has beside those of this one.
   """
-  spawn, environment = multiprocessing.get_context('spawn'), ENVIRONMENT | (environment or {})
-  with variables(environment), concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+  spawn = multiprocessing.get_context('spawn')
+  with variables(of_child(environment)), concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
     try:
       return pool.submit(function, *arguments).result()
     except Exception as error:
       raise Failed(last_words(f'{type(error).__name__}: {error}')) from error
+
+
+def of_child(more: Mapping[str, str] | None = None) -> dict[str, str]:
+  """The environment of a child: this process's own, and `more`, before what all systems have."""
+  return {**ENVIRONMENT, **os.environ, **(more or {})}
 
 
 @contextlib.contextmanager
