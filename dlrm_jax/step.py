@@ -10,7 +10,6 @@ import optax
 from jax import Array
 from jaxtyping import Float
 
-from dlrm_jax.model.loss import cross_entropy
 from dlrm_jax.program import Program
 from dlrm_jax.sharding import CUT, WHOLE, after
 from dlrm_jax.state import state_specs
@@ -78,8 +77,7 @@ def gradients(
   total = jnp.maximum(examples, 1)
 
   def top_loss(params: Any, h: Array, vectors: Array, label: Array, weight: Array) -> Array:
-    logit = program.model.apply({'params': params}, h, vectors, method='top')
-    return cross_entropy(logit, label, weight, total)
+    return program.model.apply({'params': params}, h, vectors, label, weight, total, method='loss')
 
   loss, (top_gradient, h_gradient, vectors_gradient) = _over_slices(
     jax.value_and_grad(top_loss, argnums=(0, 1, 2)), program.spec.micro_batch, state.params, h, vectors, batch

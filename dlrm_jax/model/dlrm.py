@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from dlrm_jax.model.interaction import INTERACTIONS
 from dlrm_jax.model.layers import XLA, LayerKernels
+from dlrm_jax.model.loss import cross_entropy
 from dlrm_jax.model.mlp import MLP
 from dlrm_jax.sharding import ALONE, Axis
 from dlrm_jax.spec import ModelSpec
@@ -42,6 +43,20 @@ class DLRM(nn.Module):
     z = INTERACTIONS[self.spec.interaction](bottom, vectors, transpose)
     h = self.top_mlp(z, jnp.ones(z.shape[1]), train=False)
     return self.logit_kernel[:, 0] @ h + self.logit_bias
+
+  def loss(
+    self,
+    bottom: Float[Array, 'K B'],
+    vectors: Float[Array, 'B F D'],
+    label: Float[Array, 'B'],
+    weight: Float[Array, 'B'],
+    total: Float[Array, ''],
+  ) -> Float[Array, '']:
+    """The examples' `cross_entropy`, for `cat` in one kernel where there is one. To be differentiated."""
+    if self.kernels.cat_loss is None or self.spec.interaction != 'cat':
+      return cross_entropy(self.top(bottom, vectors), label, weight, total)
+    params = self.variables['params']
+    return self.kernels.cat_loss(jnp.dtype(self.spec.dtype), params, bottom, vectors, label, weight, total)
 
   def __call__(self, dense: Array, vectors: Array, weight: Array, train: bool) -> Float[Array, 'B']:
     """Logits of the examples."""

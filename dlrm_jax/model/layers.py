@@ -5,7 +5,7 @@ With the layer come its moments, the sums of weight * y and weight * y^2 over th
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,17 @@ Layer = Callable[[Array, Array, Array, Array, DTypeLike, bool], tuple[Array, Mom
 Transpose = Callable[[Array, DTypeLike], Array]
 
 
+# (dtype, the network's parameters, bottom [K, B], vectors [B, F, D], label, weight, total) -> `cross_entropy` of the top
+# MLP's logits with the interaction `cat`.
+CatLoss = Callable[[DTypeLike, Any, Array, Array, Array, Array, Array], Array]
+
+
 class LayerKernels(NamedTuple):
   """Either form of what the network is made of."""
 
   layer: Layer
   transpose: Transpose
+  cat_loss: CatLoss | None = None  # None: as the other two make it
 
 
 def xla_layer(
@@ -138,5 +144,45 @@ native_transpose.defvjp(
   lambda dtype, _, gradient: (native_transpose(gradient, jnp.float32),),
 )
 
+def native_cat_loss(
+  dtype: DTypeLike,
+  params: Any,
+  bottom: Float[Array, 'K B'],
+  vectors: Float[Array, 'B F D'],
+  label: Float[Array, 'B'],
+  weight: Float[Array, 'B'],
+  total: Float[Array, ''],
+) -> Float[Array, '']:
+  """See `CatLoss`, native/top.cc. Needs `native.load()`."""
+  more = -bottom.shape[1] % PANEL
+  top = params['top_mlp']
+  layers = [(top[f'kernel_{i}'], top[f'bias_{i}']) for i in range(len(top) // 2)]
+  last = jnp.pad(label, (0, more)), jnp.pad(weight, (0, more)), total, params['logit_kernel'], params['logit_bias']
+  bottom = jnp.pad(bottom.astype(jnp.float32), ((0, 0), (0, more)))
+  return _cat_loss(jnp.dtype(dtype), bottom, jnp.pad(vectors, ((0, more), (0, 0), (0, 0))), *last, layers)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cat_loss(dtype: jnp.dtype, *operands: Any) -> Array:
+  return _cat_loss_forward(dtype, *operands)[0]
+
+
+def _cat_loss_forward(dtype: jnp.dtype, *operands: Any) -> tuple[Array, tuple[Any, ...]]:
+  # The loss comes with its gradients, since making them apart would cost another forward pass.
+  bottom, vectors, _, _, total, *others = operands
+  differentiated = (bottom, vectors, *others)
+  results = [jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for leaf in (total, *jax.tree.leaves(differentiated))]
+  call = jax.ffi.ffi_call(f'dlrm_top_{dtype}', results)
+  loss, *gradients = call(*jax.tree.leaves(operands))
+  return loss, jax.tree.unflatten(jax.tree.structure(differentiated), gradients)
+
+
+def _cat_loss_backward(_: jnp.dtype, gradients: tuple[Any, ...], cotangent: Array) -> tuple[Any, ...]:
+  bottom, vectors, *others = jax.tree.map(lambda gradient: cotangent * gradient, gradients)
+  return bottom, vectors, None, None, None, *others
+
+
+_cat_loss.defvjp(_cat_loss_forward, _cat_loss_backward)
+
 XLA = LayerKernels(xla_layer, xla_transpose)
-NATIVE = LayerKernels(native_layer, native_transpose)  # needs native.build.load()
+NATIVE = LayerKernels(native_layer, native_transpose, native_cat_loss)  # needs native.build.load()

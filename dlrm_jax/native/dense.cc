@@ -10,10 +10,8 @@
 // slow to read. Lanes add up what they share, the gradient of W and the moments, in places of their own, which are summed
 // in order: results depend on how many threads there are, but not on which of them does what.
 
-#include <atomic>
-#include <utility>
-
 #include "dense_core.h"
+#include "packing.h"
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -23,97 +21,12 @@ namespace {
 
 using namespace dlrm;
 
-constexpr int64_t kPanel = 64;   // columns of a panel: examples, or features of g^T
-constexpr int64_t kSlice = 512;  // examples of a slice: its h and g^T stay in the second-level cache
-constexpr int64_t kSlicePanels = kSlice / kPanel;
-constexpr int64_t kBlock = 96;  // rows of C that are made at a time: a multiple of 6 and of 32
-constexpr int64_t kLanes = 4;   // for each thread, so that one that is held up is helped
-
-template <typename T>
-constexpr int64_t kPerWord = sizeof(Word) / sizeof(T);
-
-int64_t Ceil(int64_t n, int64_t step) { return (n + step - 1) / step; }
-
-template <typename T>
-T* Data(ffi::AnyBuffer buffer) {
-  return reinterpret_cast<T*>(buffer.untyped_data());
-}
-
-template <typename T>
-int64_t WordsOf(int64_t elements) {
-  return RoundUp(Ceil(elements, kPerWord<T>), Product<T>::kWordStep);
-}
-
-// out[row of 64 examples, kPerWord rows of in to a word] <- in[rows, 64 of ld examples]; rows past the end are zero.
-template <typename T>
-void PackPanel(const T* in, int64_t ld, int64_t rows, int64_t words, Word* out) {
-  static const T zeros[kPanel] = {};
-  for (int64_t w = 0; w < words; ++w, out += kPanel) {
-    const T* rows_in[kPerWord<T>];
-    for (int64_t i = 0; i < kPerWord<T>; ++i) {
-      const int64_t row = w * kPerWord<T> + i;
-      rows_in[i] = row < rows ? in + row * ld : zeros;
-    }
-    Interleave(rows_in, out);
-  }
-}
-
-// out[N, words of K] <- W^T: up to 64 rows of it, those from n0 on. What is past the end of K is zero.
-template <typename T>
-void PackTransposed(const float* kernel, int64_t k, int64_t n, int64_t n0, int64_t words, Word* out) {
-  const int64_t columns = std::min(kPanel, n - n0);
-  for (int64_t w0 = 0; w0 < words; w0 += 16) {
-    const int64_t width = std::min<int64_t>(16, words - w0);
-    alignas(64) Word block[16][kPanel] = {};
-    for (int64_t w = 0; w < width; ++w) {
-      T rows[kPerWord<T>][kPanel] = {};
-      const T* row_of[kPerWord<T>];
-      for (int64_t i = 0; i < kPerWord<T>; ++i) {
-        const int64_t row = (w0 + w) * kPerWord<T> + i;
-        if (row < k) RoundRow(kernel + row * n + n0, columns, rows[i], kPanel);
-        row_of[i] = rows[i];
-      }
-      Interleave(row_of, block[w]);
-    }
-    for (int64_t c0 = 0; c0 < columns; c0 += 16) {
-      if (width == 16 && columns - c0 >= 16) {
-        Transpose16(block[0] + c0, kPanel, out + (n0 + c0) * words + w0, words);
-        continue;
-      }
-      for (int64_t c = c0; c < std::min(columns, c0 + 16); ++c) {
-        for (int64_t w = 0; w < width; ++w) out[(n0 + c) * words + w0 + w] = block[w][c];
-      }
-    }
-  }
-}
-
-// Whether this thread has yet to pack the weights of the call, as each does for itself.
-bool IsFirstOf(int64_t call) {
-  thread_local int64_t last = -1;
-  return std::exchange(last, call) != call;
-}
-
-int64_t NewCall() {
-  static std::atomic<int64_t> calls{0};
-  return calls.fetch_add(1, std::memory_order_relaxed);
-}
-
-int64_t LaneStart(int64_t lane, int64_t lanes, int64_t panels) { return lane * panels / lanes; }
-
-// out[i] <- the sum over the lanes, in order, of in[lane][i], where a lane has `ld` numbers.
-void SumLanes(const float* in, int64_t lanes, int64_t ld, int64_t n, float* out) {
-  std::fill_n(out, n, 0.f);
-  for (int64_t lane = 0; lane < lanes; ++lane) AddTo(out, in + lane * ld, n);
-}
-
 template <typename T, bool WithMoments>
 void ForwardLane(const float* w, const float* b, const T* h, const float* weight, T* y, int64_t k, int64_t n,
                  int64_t examples, int64_t first, int64_t last, int64_t call, float* moments) {
   const int64_t words = WordsOf<T>(k);
-  Word* a = Scratch<0>(RoundUp(n, Product<T>::kRowStep) * words);
-  if (IsFirstOf(call)) {
-    for (int64_t n0 = 0; n0 < n; n0 += kPanel) PackTransposed<T>(w, k, n, n0, words, a);
-  }
+  Word* a = Scratch<0>(RoundUp(n, Product<T>::kRowStep) * Stride(words));
+  if (IsFirstOf(call)) PackTransposed<T>(w, k, n, words, a);
   Word* packed = Scratch<1>(kPanel * words);
   float *sum = reinterpret_cast<float*>(Scratch<2>(2 * 16 * n)), *square = sum + 16 * n;
   std::fill_n(sum, 2 * 16 * n, 0.f);
@@ -123,7 +36,7 @@ void ForwardLane(const float* w, const float* b, const T* h, const float* weight
     for (int64_t n0 = 0; n0 < n; n0 += kBlock) {
       const int64_t rows = std::min(kBlock, n - n0);
       alignas(64) float c[kBlock * kPanel];
-      product(a + n0 * words, words, packed, words, rows, c, kPanel, false);
+      product(a + n0 * Stride(words), Stride(words), packed, words, rows, c, kPanel, false);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t i = n0 + r;
         Activate<T, WithMoments>(c + r * kPanel, b[i], weight + at, y + i * examples + at, sum + 16 * i, square + 16 * i);
@@ -165,15 +78,11 @@ void BackwardLane(const BackwardCall<T>& in, int64_t first, int64_t last, float*
   const int64_t k = in.k, n = in.n, examples = in.examples, words = WordsOf<T>(n);
   const int64_t panel_words = kPanel / kPerWord<T>, slice_words = kSlice / kPerWord<T>;
   const int64_t padded_k = RoundUp(k, Product<T>::kRowStep);
-  Word* a = Scratch<0>(padded_k * words);  // W, in words along n
-  if (IsFirstOf(in.call)) {
-    for (int64_t row = 0; row < k; ++row) {
-      RoundRow(in.w + row * n, n, reinterpret_cast<T*>(a + row * words), words * kPerWord<T>);
-    }
-  }
+  Word* a = Scratch<0>(padded_k * Stride(words));  // W, in words along n
+  if (IsFirstOf(in.call)) PackRows<T>(in.w, k, n, words, a);
   Word* packed = Scratch<1>(kPanel * words);                     // g of a panel: words along n, examples
   float* sums = reinterpret_cast<float*>(Scratch<2>(16 * n));    // gradient of the bias
-  Word* slice_h = Scratch<3>(padded_k * slice_words);            // h of a slice: k, words along the examples
+  Word* slice_h = Scratch<3>(padded_k * Stride(slice_words));    // h of a slice: k, words along the examples
   Word* slice_g = Scratch<4>(RoundUp(n, kPanel) * slice_words);  // g^T, by 64 features: words along the examples, n
   T* g = reinterpret_cast<T*>(Scratch<5>(RoundUp(n, 16) * panel_words));  // the gradient before the ReLU, of a panel
   std::fill_n(sums, 16 * n, 0.f);
@@ -195,17 +104,17 @@ void BackwardLane(const BackwardCall<T>& in, int64_t first, int64_t last, float*
         }
       }
       for (int64_t row = 0; row < k; ++row) {
-        std::memcpy(slice_h + row * slice_words + i * panel_words, in.h + row * examples + example, kPanel * sizeof(T));
+        std::memcpy(slice_h + row * Stride(slice_words) + i * panel_words, in.h + row * examples + example, kPanel * sizeof(T));
       }
       for (int64_t k0 = 0; k0 < k; k0 += kBlock) {
         const int64_t rows = std::min(kBlock, k - k0);
         alignas(64) float c[kBlock * kPanel];
-        product(a + k0 * words, words, packed, words, rows, c, kPanel, false);
+        product(a + k0 * Stride(words), Stride(words), packed, words, rows, c, kPanel, false);
         for (int64_t r = 0; r < rows; ++r) ConvertRow(c + r * kPanel, in.gh + (k0 + r) * examples + example);
       }
     }
     for (int64_t n0 = 0; n0 < n; n0 += kPanel) {
-      product(slice_h, slice_words, slice_g + n0 * slice_words, slice * panel_words, k, gkernel + n0, ld, start > first);
+      product(slice_h, Stride(slice_words), slice_g + n0 * slice_words, slice * panel_words, k, gkernel + n0, ld, start > first);
     }
   }
   SumRows(sums, n, gbias);

@@ -137,12 +137,14 @@ import ctypes
 import jax.numpy as jnp
 from dlrm_jax.native import build
 build._library = lambda: (ctypes.CDLL(sys.argv[2]), 'kernels of another processor')
-from tests.model import test_layers as t
+from tests.model import test_layers as t, test_top
 for shape in t.SHAPES:
   for dtype in ('float32', 'bfloat16'):
     arrays = t.operands(*shape, jnp.dtype(dtype), seed=2)
     found, wanted = (t.outputs_and_gradients(layer, *arrays) for layer in (t.native_layer, t.xla_layer))
     t.close(found, wanted, t.EPSILON[dtype])
+for shape in test_top.SHAPES:
+  test_top.compare(shape, 'bfloat16')
 print('compared')
 """
 
