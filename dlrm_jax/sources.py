@@ -41,13 +41,13 @@ def open_sources(spec: Spec) -> Sources:
   cache = settings.pop('cache')
   reading = DataSpec(
     location=spec.data_location, buckets=spec.embedding.buckets, threads=max(1, spec.inter),
-    keys=spec.embedding.kind in KEYED, **settings,
+    keys=spec.embedding.kind in KEYED, native=spec.native, **settings,
   )  # fmt: skip
 
   def index(pattern: str) -> FileIndex:
     if cache:
       return index_cached(pattern, reading, os.path.join(spec.output_dir, 'cache'))
-    return index_files(pattern, reading.location, reading.on_bad_row)
+    return index_files(pattern, reading.location, reading.on_bad_row, reading.native)
 
   sources = Sources(reading, train=index(spec.data.train), eval=None if spec.no_eval else index(spec.data.eval))
   logging.info(

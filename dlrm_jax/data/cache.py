@@ -212,7 +212,7 @@ def _lock(cache: str) -> Iterator[bool]:
 
 def _write(path: str, cache: str, locked: bool, stamp: dict[str, int | str], spec: DataSpec) -> None:
   """Parses the file into a cache, which then takes its name at once."""
-  file = index_file(path, spec.on_bad_row)
+  file = index_file(path, spec.on_bad_row, spec.native)
   need, free = file.rows * _ROW_BYTES, shutil.disk_usage(os.path.dirname(cache)).free
   if need > free:
     raise DataError(

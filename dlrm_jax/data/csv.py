@@ -1,6 +1,7 @@
 """One CSV file: an index of its lines, and the parsed columns of any range of them.
 
-Arrow's reader parses a range of rows at once; only where it refuses is the range looked at line by line (`bad_rows`).
+Plain rows are parsed in C++ where it can be had (`native.lines`), all others by Arrow's reader, a range at once; only
+where that refuses is the range looked at line by line (`bad_rows`).
 """
 
 import dataclasses
@@ -12,8 +13,9 @@ import pyarrow as pa
 from pyarrow import csv as arrow_csv
 
 from dlrm_jax.data import bad_rows
-from dlrm_jax.data.encode import Columns, spread, to_columns
+from dlrm_jax.data.encode import MISSING_HASH, Columns, spread, to_columns
 from dlrm_jax.data.schema import CATEGORIES, COLUMNS, INTEGERS, LABEL, DataError
+from dlrm_jax.native import lines
 
 # The index keeps one count a block; finding a row scans one block.
 BLOCK = 1 << 18
@@ -34,12 +36,14 @@ class CsvFile:
     size: its bytes without blank lines at the end.
     rows: its lines; line r + 1 is row r.
     newlines: `i64[blocks + 1]`, how many line feeds come before each block.
+    native: whether C++ may parse it.
   """
 
   path: str
   size: int
   rows: int
   newlines: np.ndarray
+  native: bool = True
 
   def read(self, start: int, stop: int, on_bad_row: str) -> Columns:
     """Rows [start, stop); raises `DataError` at a bad row, or marks it."""
@@ -48,6 +52,9 @@ class CsvFile:
         raise DataError(f'{self.path} has become shorter since its lines were counted; start again')
       begin = self._offset(file.fileno(), start)
       data = _pread(file.fileno(), begin, self._offset(file.fileno(), stop) - begin)
+    plain = lines.parse(data, stop - start, MISSING_HASH) if self.native else None
+    if plain:
+      return Columns(plain.label, list(plain.integers), plain.missing, list(plain.hashes), np.ones(stop - start, bool))
     # Arrow takes both of these as part of an id, a quote that does not close only at the end of what it is given.
     odd = b'\0' in data or (b'"' in data and data.count(b'"') % 2)
     columns = None if odd else _parse(data, stop - start)
@@ -63,9 +70,9 @@ class CsvFile:
 
   def _read_slowly(self, data: bytes, start: int, on_bad_row: str) -> Columns:
     """`read` for rows that Arrow refuses: finds the bad lines exactly and parses the others."""
-    lines = data.removesuffix(b'\n').split(b'\n')
-    good = np.ones(len(lines), bool)
-    for i, line in enumerate(lines):
+    texts = data.removesuffix(b'\n').split(b'\n')
+    good = np.ones(len(texts), bool)
+    for i, line in enumerate(texts):
       row = start + i
       fault = bad_rows.fault(line, first=row == 0, cut=row == self.rows - 1 and not data.endswith(b'\n'))
       if fault:
@@ -75,17 +82,17 @@ class CsvFile:
         if good.all():
           logging.getLogger(__name__).warning('skipped: %s', message)
         good[i] = False
-    columns = _parse(b''.join(line + b'\n' for line, ok in zip(lines, good, strict=True) if ok), int(good.sum()))
+    columns = _parse(b''.join(line + b'\n' for line, ok in zip(texts, good, strict=True) if ok), int(good.sum()))
     if columns is None:
       raise DataError(
-        f'{self.path}, lines {start + 1} to {start + len(lines)}: there is a field here that the CSV reader refuses; '
+        f'{self.path}, lines {start + 1} to {start + len(texts)}: there is a field here that the CSV reader refuses; '
         'write numbers as plain digits'
       )
     return spread(to_columns(columns), good)
 
 
-def index_csv(path: str, on_bad_row: str) -> CsvFile:
-  """Counts the lines of a CSV file and checks its first ones and its last.
+def index_csv(path: str, on_bad_row: str, native: bool = True) -> CsvFile:
+  """Counts the lines of a CSV file and checks its first ones and its last. `native`: whether C++ may parse it.
 
   Raises:
     DataError: the file is empty, or a checked line is bad; where bad rows are skipped, only if all of the first are.
@@ -98,7 +105,7 @@ def index_csv(path: str, on_bad_row: str) -> CsvFile:
     counts = [_pread(descriptor, at, min(BLOCK, size - at)).count(b'\n') for at in range(0, size, BLOCK)]
     newlines = np.cumsum([0, *counts], dtype=np.int64)
     rows = int(newlines[-1]) + (_pread(descriptor, size - 1, 1) != b'\n')
-    indexed = CsvFile(path, size, rows, newlines)
+    indexed = CsvFile(path, size, rows, newlines, native)
     head = _pread(descriptor, 0, indexed._offset(descriptor, min(CHECKED_LINES, rows)))
     begin = indexed._offset(descriptor, rows - 1)
     tail = _pread(descriptor, begin, size - begin)
@@ -108,11 +115,11 @@ def index_csv(path: str, on_bad_row: str) -> CsvFile:
 
 def _check(indexed: CsvFile, head: bytes, tail: bytes, on_bad_row: str) -> None:
   """Raises for the first bad line of `head` and `tail`; where bad rows are skipped, only if nothing else is there."""
-  lines = head.removesuffix(b'\n').split(b'\n')
+  texts = head.removesuffix(b'\n').split(b'\n')
   cut = not tail.endswith(b'\n')
-  faults = [bad_rows.fault(line, first=i == 0, cut=cut and i == indexed.rows - 1) for i, line in enumerate(lines)]
+  faults = [bad_rows.fault(line, first=i == 0, cut=cut and i == indexed.rows - 1) for i, line in enumerate(texts)]
   rows = [i for i, fault in enumerate(faults) if fault]
-  if rows and (on_bad_row == 'error' or len(rows) == len(lines)):
+  if rows and (on_bad_row == 'error' or len(rows) == len(texts)):
     raise DataError(f'{indexed.path}, line {rows[0] + 1}, {faults[rows[0]]}')
   if on_bad_row == 'error':
     fault = bad_rows.fault(tail.removesuffix(b'\n'), first=indexed.rows == 1, cut=cut)

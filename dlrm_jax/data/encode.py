@@ -21,7 +21,7 @@ WEIGHT = BUCKET.stop
 WIDTH = WEIGHT + 1
 KEY = slice(WIDTH, WIDTH + 2 * len(CATEGORIES))
 
-_MISSING_HASH = fingerprint64(MISSING)
+MISSING_HASH = fingerprint64(MISSING)
 
 
 class Columns(NamedTuple):
@@ -79,7 +79,7 @@ def to_columns(arrays: Sequence[pa.Array]) -> Columns:
     ],
     missing=missing,
     # Nulls and empty strings are the id of a single space.
-    hashes=[fingerprint64_strings(array, empty=_MISSING_HASH) for array in arrays[BUCKET]],
+    hashes=[fingerprint64_strings(array, empty=MISSING_HASH) for array in arrays[BUCKET]],
     good=np.ones(len(arrays[0]), bool),
   )
 

@@ -59,18 +59,19 @@ class FileIndex:
     return rows
 
 
-def index_files(pattern: str, location: str, on_bad_row: str = 'error') -> FileIndex:
+def index_files(pattern: str, location: str, on_bad_row: str = 'error', native: bool = True) -> FileIndex:
   """Finds the files, counts their rows and looks at the first lines of each.
 
   Args:
     pattern: names or globs separated by commas, relative to `location` unless absolute.
     location: the folder.
     on_bad_row: 'error' or 'skip'; 'skip' still refuses a file of which all checked lines are bad.
+    native: whether C++ may parse CSV.
 
   Raises:
     DataError: folder or file missing, a file empty or not in the Criteo format.
   """
-  return FileIndex([index_file(path, on_bad_row) for path in find_files(pattern, location)])
+  return FileIndex([index_file(path, on_bad_row, native) for path in find_files(pattern, location)])
 
 
 def find_files(pattern: str, location: str) -> list[str]:
@@ -78,9 +79,9 @@ def find_files(pattern: str, location: str) -> list[str]:
   return sorted({path for part in pattern.split(',') for path in _find(part.strip(), location)})
 
 
-def index_file(path: str, on_bad_row: str) -> File:
+def index_file(path: str, on_bad_row: str, native: bool = True) -> File:
   """One file; see `index_files`."""
-  return index_parquet(path) if path.endswith('.parquet') else index_csv(path, on_bad_row)
+  return index_parquet(path) if path.endswith('.parquet') else index_csv(path, on_bad_row, native)
 
 
 def _find(pattern: str, location: str) -> list[str]:

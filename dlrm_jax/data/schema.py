@@ -39,6 +39,7 @@ class DataSpec:
     threads: threads that parse ahead; 0 parses when rows are needed.
     buckets: rows of each of the 26 categories' tables.
     keys: whether batches carry the whole fingerprints of the categories, too.
+    native: whether C++ may parse CSV.
   """
 
   location: str
@@ -53,3 +54,4 @@ class DataSpec:
   on_bad_row: str = 'error'
   threads: int = 1
   keys: bool = False
+  native: bool = True

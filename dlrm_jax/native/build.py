@@ -34,6 +34,8 @@ TARGETS = {
   'dlrm_dense_backward_float32': 'DlrmDenseBackwardFloat',
   'dlrm_dense_forward_bfloat16': 'DlrmDenseForwardBFloat16',
   'dlrm_dense_backward_bfloat16': 'DlrmDenseBackwardBFloat16',
+  'dlrm_top_float32': 'DlrmTopFloat',
+  'dlrm_top_bfloat16': 'DlrmTopBFloat16',
 }
 
 
@@ -57,16 +59,25 @@ def choose(wanted: bool) -> Native:
   return load()
 
 
-@functools.cache
 def load() -> Native:
   """Builds the kernels if need be and makes them known to XLA, once in a process."""
+  return _load()[0]
+
+
+def library() -> ctypes.CDLL | None:
+  """What `load` loads, for what is called without XLA; None if it cannot be had."""
+  return _load()[1]
+
+
+@functools.cache
+def _load() -> tuple[Native, ctypes.CDLL | None]:
   try:
     library, note = _library()
     for target, symbol in TARGETS.items():
       jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, symbol)), platform='cpu')
   except (BuildError, OSError, AttributeError) as error:
-    return Native(False, f'XLA alone, no C++ kernels: {error}')
-  return Native(True, note)
+    return Native(False, f'XLA alone, no C++ kernels: {error}'), None
+  return Native(True, note), library
 
 
 def _library() -> tuple[ctypes.CDLL, str]:
