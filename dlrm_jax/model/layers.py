@@ -24,8 +24,8 @@ Layer = Callable[[Array, Array, Array, Array, DTypeLike, bool], tuple[Array, Mom
 Transpose = Callable[[Array, DTypeLike], Array]
 
 
-# (dtype, the network's parameters, bottom [K, B], vectors [B, F, D], label, weight, total) -> `cross_entropy` of the top
-# MLP's logits with the interaction `cat`.
+# (dtype, the network's parameters, bottom [K, B], vectors [B, F, D], label, weight, total) -> `cross_entropy` of the
+# top MLP's logits with the interaction `cat`.
 CatLoss = Callable[[DTypeLike, Any, Array, Array, Array, Array, Array], Array]
 
 
