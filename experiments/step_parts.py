@@ -2,8 +2,8 @@
 
 Milliseconds of one batch for each part alone, compiled by itself and waited for after each call:
 
-- *loader*: one thread's time from the bytes of the CSV to packed rows, of which `hash` is Fingerprint64 of the 26 ids,
-  and `parse` all the rest. In training both run beside the step.
+- *loader*: one thread's time from the bytes of the CSV to packed rows, `parse and hash`, which are one pass over the
+  bytes (native/lines.cc). In training it runs beside the step.
 - *step*: `lookup` (rows and their vectors), `dense forward`, `dense backward` (forward and backward less forward),
   `dense optimizer`, `row update` (merging of equal rows, their new values and slots), and the `whole step`. A part
   alone pays for a call and for results that the whole step never writes, and is measured with warmer caches.
@@ -13,7 +13,6 @@ Milliseconds of one batch for each part alone, compiled by itself and waited for
 
 import dataclasses
 import functools
-import itertools
 import statistics
 import sys
 import tempfile
@@ -124,36 +123,11 @@ def of_training(program: Any, opened: Any, state: Any, samples: int) -> tuple[Pa
   return {'step, while loading': 1e3 * stepped / timed, 'waiting for data': 1e3 * waited / timed}, state
 
 
-def of_loader(opened: Any, path: Path) -> Parts:
+def of_loader(opened: Any) -> Parts:
   """Milliseconds of one row on one thread."""
-  from dlrm_jax.embeddings.hashing import fingerprint64_strings
-
   rows = min(opened.train.rows, READ_ROWS)
-  columns = id_columns(path, rows)
-
-  def read(_: Any) -> None:
-    opened.train.read(0, rows, opened.reading)
-
-  def hash_ids(_: Any) -> None:
-    for column in columns:
-      fingerprint64_strings(column)
-
-  both, hashing = milliseconds(read, [None], 0), milliseconds(hash_ids, [None], 0)
-  return {'parse': (both - hashing) / rows, 'hash': hashing / rows}
-
-
-def id_columns(path: Path, rows: int) -> list[Any]:
-  """The 26 columns of ids of the first rows of a CSV, as arrays of strings."""
-  import pyarrow as pa
-  from pyarrow import csv
-
-  from dlrm_jax.data.schema import CATEGORIES, COLUMNS
-
-  with path.open('rb') as file:
-    text = b''.join(itertools.islice(file, rows))
-  convert = csv.ConvertOptions(column_types=dict.fromkeys(CATEGORIES, pa.string()), include_columns=CATEGORIES)
-  table = csv.read_csv(pa.BufferReader(text), csv.ReadOptions(column_names=COLUMNS), convert_options=convert)
-  return [column.combine_chunks() for column in table.columns]
+  read = lambda _: opened.train.read(0, rows, opened.reading)
+  return {'parse and hash': milliseconds(read, [None], 0) / rows}
 
 
 def measure(
@@ -178,7 +152,7 @@ def measure(
   for size in sorted(batch_sizes):
     program = make_program(common.make_spec(config, data, buckets, size, **fields))
     opened = opened or sources.open_sources(program.spec)
-    loader = {name: time * size for name, time in of_loader(opened, data / 'train.csv').items()}
+    loader = {name: time * size for name, time in of_loader(opened).items()}
     state = init_state(program) if state is None else state
     batches = measurements.ready_batches(program, opened, POOL_BATCHES * size)
     parts, state = of_step(program, state, batches, seconds)

@@ -63,7 +63,7 @@ template <typename T>
 const int64_t kRow = Stride(kSliceWords<T>) * kPerWord<T>;  // elements from one row of a slice to the next
 
 template <typename T>
-void Place(Call<T>& call) {
+void LayOut(Call<T>& call) {
   Places memory, sums;
   int64_t words = 0;
   call.widest = 0;
@@ -299,7 +299,7 @@ ffi::Error Top(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets
   for (size_t i = 7; i < args.size(); i += 2) {
     call.layers.push_back({Data<float>(in(i)), Data<float>(in(i + 1)), in(i).dimensions()[0], in(i).dimensions()[1]});
   }
-  Place(call);
+  LayOut(call);
   const int64_t panels = call.examples / kPanel, threads = pool.num_threads();
   // As in dense.cc: more lanes than threads only where there is much to do.
   const int64_t lanes = std::min(panels, std::max(threads, std::min(kLanes * threads, call.examples / kSlice)));
