@@ -15,7 +15,7 @@ from pyarrow import csv as arrow_csv
 from dlrm_jax.data import bad_rows
 from dlrm_jax.data.encode import MISSING_HASH, Columns, spread, to_columns
 from dlrm_jax.data.schema import CATEGORIES, COLUMNS, INTEGERS, LABEL, DataError
-from dlrm_jax.native import lines
+from dlrm_jax.native import build, lines
 
 # The index keeps one count a block; finding a row scans one block.
 BLOCK = 1 << 18
@@ -36,7 +36,7 @@ class CsvFile:
     size: its bytes without blank lines at the end.
     rows: its lines; line r + 1 is row r.
     newlines: `i64[blocks + 1]`, how many line feeds come before each block.
-    native: whether C++ may parse it.
+    native: whether C++ parses its plain rows.
   """
 
   path: str
@@ -105,7 +105,8 @@ def index_csv(path: str, on_bad_row: str, native: bool = True) -> CsvFile:
     counts = [_pread(descriptor, at, min(BLOCK, size - at)).count(b'\n') for at in range(0, size, BLOCK)]
     newlines = np.cumsum([0, *counts], dtype=np.int64)
     rows = int(newlines[-1]) + (_pread(descriptor, size - 1, 1) != b'\n')
-    indexed = CsvFile(path, size, rows, newlines, native)
+    # The kernels are loaded here, since several threads read at once.
+    indexed = CsvFile(path, size, rows, newlines, native and build.load().ready)
     head = _pread(descriptor, 0, indexed._offset(descriptor, min(CHECKED_LINES, rows)))
     begin = indexed._offset(descriptor, rows - 1)
     tail = _pread(descriptor, begin, size - begin)
