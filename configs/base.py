@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
   c.timeline = 0  # steps between jax.profiler traces of one step; 0: none
   c.smartstaged = True  # parse, hash and place batches in the background, ahead of the step
   c.op_fusion = True  # XLA's fusion passes; False only to see what they are worth
-  c.native = True  # C++ kernels, built at first use where there is a compiler; False: XLA alone. Same numbers
+  c.native = True  # C++ kernels, built at first use where there is a compiler; False: none. Same numbers
   c.inter = 0  # threads that parse and hash; 0: one
   c.intra = 0  # threads of XLA; 0: one per core
   c.protocol = 'gloo'  # between the processors of several processes. gloo: TCP; mpi: needs an MPI library

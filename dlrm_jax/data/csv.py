@@ -43,7 +43,7 @@ class CsvFile:
   size: int
   rows: int
   newlines: np.ndarray
-  native: bool = True
+  native: bool
 
   def read(self, start: int, stop: int, on_bad_row: str) -> Columns:
     """Rows [start, stop); raises `DataError` at a bad row, or marks it."""

@@ -22,8 +22,6 @@ PANEL = 64  # the examples of a call of the kernel are a multiple of this
 Layer = Callable[[Array, Array, Array, Array, DTypeLike, bool], tuple[Array, Moments]]
 # Either form: (f32[R, C], dtype) -> [C, R] in float32, or already in `dtype`, to which the next product will round it.
 Transpose = Callable[[Array, DTypeLike], Array]
-
-
 # (dtype, the network's parameters, bottom [K, B], vectors [B, F, D], label, weight, total) -> `cross_entropy` of the
 # top MLP's logits with the interaction `cat`.
 CatLoss = Callable[[DTypeLike, Any, Array, Array, Array, Array, Array], Array]
@@ -143,6 +141,7 @@ native_transpose.defvjp(
   lambda x, dtype: (native_transpose(x, dtype), None),
   lambda dtype, _, gradient: (native_transpose(gradient, jnp.float32),),
 )
+
 
 def native_cat_loss(
   dtype: DTypeLike,

@@ -33,15 +33,9 @@ void ForwardLane(const float* w, const float* b, const T* h, const float* weight
   const Product<T> product;
   for (int64_t at = first * kPanel; at < last * kPanel; at += kPanel) {
     PackPanel(h + at, examples, k, words, packed);
-    for (int64_t n0 = 0; n0 < n; n0 += kBlock) {
-      const int64_t rows = std::min(kBlock, n - n0);
-      alignas(64) float c[kBlock * kPanel];
-      product(a + n0 * Stride(words), Stride(words), packed, words, rows, c, kPanel, false);
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t i = n0 + r;
-        Activate<T, WithMoments>(c + r * kPanel, b[i], weight + at, y + i * examples + at, sum + 16 * i, square + 16 * i);
-      }
-    }
+    ForRowsOfProduct(product, a, words, packed, n, [&](int64_t i, const float* c) {
+      Activate<T, WithMoments>(c, b[i], weight + at, y + i * examples + at, sum + 16 * i, square + 16 * i);
+    });
   }
   if (WithMoments) SumRows(sum, 2 * n, moments);
 }
@@ -76,15 +70,14 @@ struct BackwardCall {
 template <typename T, bool WithMoments>
 void BackwardLane(const BackwardCall<T>& in, int64_t first, int64_t last, float* gkernel, int64_t ld, float* gbias) {
   const int64_t k = in.k, n = in.n, examples = in.examples, words = WordsOf<T>(n);
-  const int64_t panel_words = kPanel / kPerWord<T>, slice_words = kSlice / kPerWord<T>;
   const int64_t padded_k = RoundUp(k, Product<T>::kRowStep);
   Word* a = Scratch<0>(padded_k * Stride(words));  // W, in words along n
   if (IsFirstOf(in.call)) PackRows<T>(in.w, k, n, words, a);
-  Word* packed = Scratch<1>(kPanel * words);                     // g of a panel: words along n, examples
-  float* sums = reinterpret_cast<float*>(Scratch<2>(16 * n));    // gradient of the bias
-  Word* slice_h = Scratch<3>(padded_k * Stride(slice_words));    // h of a slice: k, words along the examples
-  Word* slice_g = Scratch<4>(RoundUp(n, kPanel) * slice_words);  // g^T, by 64 features: words along the examples, n
-  T* g = reinterpret_cast<T*>(Scratch<5>(RoundUp(n, 16) * panel_words));  // the gradient before the ReLU, of a panel
+  Word* packed = Scratch<1>(kPanel * words);                        // g of a panel: words along n, examples
+  float* sums = reinterpret_cast<float*>(Scratch<2>(16 * n));       // gradient of the bias
+  Word* slice_h = Scratch<3>(padded_k * Stride(kSliceWords<T>));    // h of a slice: k, words along the examples
+  Word* slice_g = Scratch<4>(RoundUp(n, kPanel) * kSliceWords<T>);  // g^T, by 64 features: words along the examples, n
+  T* g = reinterpret_cast<T*>(Scratch<5>(RoundUp(n, 16) * kPanelWords<T>));  // the gradient before the ReLU, of a panel
   std::fill_n(sums, 16 * n, 0.f);
   const Product<T> product;
   for (int64_t start = first; start < last; start += kSlicePanels) {
@@ -97,25 +90,16 @@ void BackwardLane(const BackwardCall<T>& in, int64_t first, int64_t last, float*
                                      g + row * kPanel, sums + 16 * row);
       }
       PackPanel(g, kPanel, n, words, packed);
-      for (int64_t n0 = 0; n0 < n; n0 += 16) {
-        Word* out = slice_g + n0 / kPanel * slice_words * kPanel + i * panel_words * kPanel + n0 % kPanel;
-        for (int64_t w0 = 0; w0 < panel_words; w0 += 16) {
-          Transpose16(reinterpret_cast<const Word*>(g) + n0 * panel_words + w0, panel_words, out + w0 * kPanel, kPanel);
-        }
-      }
+      TransposePanel(g, n, i, slice_g);
       for (int64_t row = 0; row < k; ++row) {
-        std::memcpy(slice_h + row * Stride(slice_words) + i * panel_words, in.h + row * examples + example, kPanel * sizeof(T));
+        std::memcpy(slice_h + row * Stride(kSliceWords<T>) + i * kPanelWords<T>, in.h + row * examples + example,
+                    kPanel * sizeof(T));
       }
-      for (int64_t k0 = 0; k0 < k; k0 += kBlock) {
-        const int64_t rows = std::min(kBlock, k - k0);
-        alignas(64) float c[kBlock * kPanel];
-        product(a + k0 * Stride(words), Stride(words), packed, words, rows, c, kPanel, false);
-        for (int64_t r = 0; r < rows; ++r) ConvertRow(c + r * kPanel, in.gh + (k0 + r) * examples + example);
-      }
+      ForRowsOfProduct(product, a, words, packed, k, [&](int64_t row, const float* c) {
+        ConvertRow(c, in.gh + row * examples + example);
+      });
     }
-    for (int64_t n0 = 0; n0 < n; n0 += kPanel) {
-      product(slice_h, Stride(slice_words), slice_g + n0 * slice_words, slice * panel_words, k, gkernel + n0, ld, start > first);
-    }
+    AddKernelGradient(product, slice_h, slice_g, slice, k, n, gkernel, ld, start > first);
   }
   SumRows(sums, n, gbias);
 }
@@ -129,9 +113,7 @@ ffi::Error Backward(ffi::ThreadPool pool, ffi::AnyBuffer kernel, ffi::AnyBuffer 
       Data<float>(kernel), Data<float>(weight), Data<float>(gsum), Data<float>(gsquare),
       Data<T>(h), Data<T>(y), Data<T>(gy), Data<T>(*gh),
       kernel.dimensions()[0], kernel.dimensions()[1], h.dimensions()[1], NewCall()};
-  const int64_t panels = in.examples / kPanel, threads = pool.num_threads();
-  // Every lane costs a gradient of the kernel to write and to add: more than one a thread only where there is much to do.
-  const int64_t lanes = std::min(panels, std::max(threads, std::min(kLanes * threads, in.examples / kSlice)));
+  const int64_t panels = in.examples / kPanel, lanes = GradientLanes(in.examples, pool.num_threads());
   const int64_t ld = RoundUp(in.n, kPanel), size = RoundUp(in.k, Product<T>::kRowStep) * ld;
   float *gkernels = reinterpret_cast<float*>(Scratch<6>(lanes * (size + in.n))), *gbiases = gkernels + lanes * size;
   ParallelFor(pool, lanes, [&](int64_t lane) {
@@ -140,11 +122,7 @@ ffi::Error Backward(ffi::ThreadPool pool, ffi::AnyBuffer kernel, ffi::AnyBuffer 
         gbiases + lane * in.n);
   });
   SumLanes(gbiases, lanes, in.n, in.n, Data<float>(*gbias));
-  ParallelFor(pool, Ceil(in.k, kBlock), [&](int64_t block) {
-    for (int64_t row = block * kBlock; row < std::min(in.k, (block + 1) * kBlock); ++row) {
-      SumLanes(gkernels + row * ld, lanes, size, in.n, Data<float>(*gkernel) + row * in.n);
-    }
-  });
+  SumKernelGradients(pool, gkernels, lanes, size, in.k, in.n, ld, Data<float>(*gkernel));
   return ffi::Error::Success();
 }
 

@@ -1,5 +1,5 @@
-// What the kernels of the layers share: how weights and activations are packed for the product of dense_core.h, and how
-// lanes of examples are cut and what they add up is summed.
+// What the kernels of the layers share: how weights and activations are packed for the product of dense_core.h, the three
+// products that they make with them, and how lanes of examples are cut and what they add up is summed.
 
 #ifndef DLRM_JAX_NATIVE_PACKING_H_
 #define DLRM_JAX_NATIVE_PACKING_H_
@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "dense_core.h"
+#include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace dlrm {
@@ -107,12 +108,66 @@ inline int64_t NewCall() {
   return calls.fetch_add(1, std::memory_order_relaxed);
 }
 
+// Multiplies packed rows, A of so many words each, by a packed panel, and calls use(row, 64 numbers) for each row of C.
+template <typename T, typename Use>
+void ForRowsOfProduct(const Product<T>& product, const Word* a, int64_t words, const Word* panel, int64_t rows,
+                      const Use& use) {
+  const int64_t stride = Stride(words);
+  for (int64_t first = 0; first < rows; first += kBlock) {
+    const int64_t some = std::min(kBlock, rows - first);
+    alignas(64) float c[kBlock * kPanel];
+    product(a + first * stride, stride, panel, words, some, c, kPanel, false);
+    for (int64_t r = 0; r < some; ++r) use(first + r, c + r * kPanel);
+  }
+}
+
+template <typename T>
+constexpr int64_t kPanelWords = kPanel / kPerWord<T>;
+template <typename T>
+constexpr int64_t kSliceWords = kSlice / kPerWord<T>;
+
+// The i-th panel, g [n, 64], of a slice as g^T, which is packed by 64 features: words along the examples.
+template <typename T>
+void TransposePanel(const T* g, int64_t n, int64_t i, Word* slice) {
+  for (int64_t n0 = 0; n0 < n; n0 += 16) {
+    Word* out = slice + n0 / kPanel * kSliceWords<T> * kPanel + i * kPanelWords<T> * kPanel + n0 % kPanel;
+    for (int64_t w = 0; w < kPanelWords<T>; w += 16) {
+      Transpose16(reinterpret_cast<const Word*>(g) + n0 * kPanelWords<T> + w, kPanelWords<T>, out + w * kPanel, kPanel);
+    }
+  }
+}
+
+// Adds to the gradient of a kernel, [k, n] of `ld`, what a slice of so many panels contributes; without `start`, writes it.
+template <typename T>
+void AddKernelGradient(const Product<T>& product, const Word* h, const Word* g, int64_t panels, int64_t k, int64_t n,
+                       float* gkernel, int64_t ld, bool start) {
+  for (int64_t n0 = 0; n0 < n; n0 += kPanel) {
+    product(h, Stride(kSliceWords<T>), g + n0 * kSliceWords<T>, panels * kPanelWords<T>, k, gkernel + n0, ld, start);
+  }
+}
+
+// Lanes of a call that makes gradients of kernels: every one costs a gradient to write and to add, so that there are more
+// than one a thread only where there is much to do.
+inline int64_t GradientLanes(int64_t examples, int64_t threads) {
+  return std::min(examples / kPanel, std::max(threads, std::min(kLanes * threads, examples / kSlice)));
+}
+
 inline int64_t LaneStart(int64_t lane, int64_t lanes, int64_t panels) { return lane * panels / lanes; }
 
 // out[i] <- the sum over the lanes, in order, of in[lane][i], where a lane has `ld` numbers.
 inline void SumLanes(const float* in, int64_t lanes, int64_t ld, int64_t n, float* out) {
   std::fill_n(out, n, 0.f);
   for (int64_t lane = 0; lane < lanes; ++lane) AddTo(out, in + lane * ld, n);
+}
+
+// gkernel [k, n] <- the sum over the lanes of theirs, [k, n] of `ld`, which lie `lane_size` numbers apart.
+inline void SumKernelGradients(xla::ffi::ThreadPool& pool, const float* in, int64_t lanes, int64_t lane_size, int64_t k,
+                               int64_t n, int64_t ld, float* gkernel) {
+  ParallelFor(pool, Ceil(k, kBlock), [&](int64_t block) {
+    for (int64_t row = block * kBlock; row < std::min(k, (block + 1) * kBlock); ++row) {
+      SumLanes(in + row * ld, lanes, lane_size, n, gkernel + row * n);
+    }
+  });
 }
 
 }  // namespace dlrm

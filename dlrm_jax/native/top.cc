@@ -56,10 +56,6 @@ struct Call {
 };
 
 template <typename T>
-constexpr int64_t kPanelWords = kPanel / kPerWord<T>;
-template <typename T>
-constexpr int64_t kSliceWords = kSlicePanels * kPanelWords<T>;
-template <typename T>
 const int64_t kRow = Stride(kSliceWords<T>) * kPerWord<T>;  // elements from one row of a slice to the next
 
 template <typename T>
@@ -116,7 +112,9 @@ class Lane {
       for_panels([&](int64_t i, int64_t example) { Loss(i, example); });
       for (int64_t l = Layers() - 1; l >= 0; --l) {
         for_panels([&](int64_t i, int64_t example) { Backward(l, i, example); });
-        AddKernelGradient(call_.layers[l], panels, start > first);
+        const Layer& layer = call_.layers[l];
+        AddKernelGradient(product_, memory_ + layer.h, memory_ + layer.g, panels, layer.k, layer.n, out_ + layer.gkernel,
+                          layer.ld, start > first);
       }
     }
     for (int64_t l = 0; l < Layers(); ++l) SumRows(BiasSum(l, 0), call_.layers[l].n, out_ + call_.layers[l].gbias);
@@ -170,18 +168,12 @@ class Lane {
     });
   }
 
-  // Calls use(row, 64 numbers) for each row of the product of packed weights, [rows, k], and a panel, [k, 64] of `ld`.
+  // The product of packed weights, [rows, k], and a panel, [k, 64] of `ld`, row by row.
   template <typename Use>
   void Multiply(const T* panel, int64_t ld, int64_t k, int64_t weights, int64_t rows, const Use& use) {
-    const int64_t words = WordsOf<T>(k), stride = Stride(words);
-    Word* packed = memory_ + call_.packed;
-    PackPanel(panel, ld, k, words, packed);
-    for (int64_t row = 0; row < rows; row += kBlock) {
-      const int64_t some = std::min(kBlock, rows - row);
-      alignas(64) float c[kBlock * kPanel];
-      product_(memory_ + weights + row * stride, stride, packed, words, some, c, kPanel, false);
-      for (int64_t r = 0; r < some; ++r) use(row + r, c + r * kPanel);
-    }
+    const int64_t words = WordsOf<T>(k);
+    PackPanel(panel, ld, k, words, memory_ + call_.packed);
+    ForRowsOfProduct(product_, memory_ + weights, words, memory_ + call_.packed, rows, use);
   }
 
   // The loss, and the gradient by the last layer.
@@ -231,7 +223,7 @@ class Lane {
 
   void Backward(int64_t l, int64_t i, int64_t example) {
     const Layer& layer = call_.layers[l];
-    KeepTransposed(layer, i);
+    TransposePanel(Gradient(i), layer.n, i, memory_ + layer.g);
     Vector x[kVectors];
     Multiply(Gradient(i), kPanel, layer.n, layer.backward, layer.k, [&](int64_t row, const float* c) {
       LoadRow(c, x);
@@ -261,24 +253,6 @@ class Lane {
     }
   }
 
-  // A panel's part of g^T.
-  void KeepTransposed(const Layer& layer, int64_t i) {
-    const Word* g = reinterpret_cast<const Word*>(Gradient(i));
-    for (int64_t n0 = 0; n0 < layer.n; n0 += 16) {
-      Word* out = memory_ + layer.g + n0 / kPanel * kSliceWords<T> * kPanel + i * kPanelWords<T> * kPanel + n0 % kPanel;
-      for (int64_t w = 0; w < kPanelWords<T>; w += 16) {
-        Transpose16(g + n0 * kPanelWords<T> + w, kPanelWords<T>, out + w * kPanel, kPanel);
-      }
-    }
-  }
-
-  void AddKernelGradient(const Layer& layer, int64_t panels, bool start) {
-    for (int64_t n0 = 0; n0 < layer.n; n0 += kPanel) {
-      product_(memory_ + layer.h, Stride(kSliceWords<T>), memory_ + layer.g + n0 * kSliceWords<T>,
-               panels * kPanelWords<T>, layer.k, out_ + layer.gkernel + n0, layer.ld, start);
-    }
-  }
-
   const Call<T>& call_;
   Word* memory_;
   float* out_;
@@ -300,9 +274,7 @@ ffi::Error Top(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets
     call.layers.push_back({Data<float>(in(i)), Data<float>(in(i + 1)), in(i).dimensions()[0], in(i).dimensions()[1]});
   }
   LayOut(call);
-  const int64_t panels = call.examples / kPanel, threads = pool.num_threads();
-  // As in dense.cc: more lanes than threads only where there is much to do.
-  const int64_t lanes = std::min(panels, std::max(threads, std::min(kLanes * threads, call.examples / kSlice)));
+  const int64_t panels = call.examples / kPanel, lanes = GradientLanes(call.examples, pool.num_threads());
   float* sums = reinterpret_cast<float*>(Scratch<kTopSums>(lanes * call.lane_size));
   ParallelFor(pool, lanes, [&](int64_t lane) {
     Lane<T>(call, sums + lane * call.lane_size).Run(LaneStart(lane, lanes, panels), LaneStart(lane + 1, lanes, panels));
@@ -313,12 +285,7 @@ ffi::Error Top(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets
   sum(call.glogit_bias, 1, out(4));
   for (size_t l = 0; l < call.layers.size(); ++l) {
     const Layer& layer = call.layers[l];
-    float* gkernel = out(5 + 2 * l);
-    ParallelFor(pool, Ceil(layer.k, kBlock), [&](int64_t block) {
-      for (int64_t row = block * kBlock; row < std::min(layer.k, (block + 1) * kBlock); ++row) {
-        sum(layer.gkernel + row * layer.ld, layer.n, gkernel + row * layer.n);
-      }
-    });
+    SumKernelGradients(pool, sums + layer.gkernel, lanes, call.lane_size, layer.k, layer.n, layer.ld, out(5 + 2 * l));
     sum(layer.gbias, layer.n, out(6 + 2 * l));
   }
   return ffi::Error::Success();
