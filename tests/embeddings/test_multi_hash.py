@@ -151,7 +151,11 @@ def test_tables_of_half_the_memory_equal_numpy_to_rounding():
 
 
 def held_against_numpy(operation, case, update='touched', *, rounding, **options):
-  """The rows after nine steps, all of which numpy has done as well."""
+  """The rows after nine steps, all of which numpy has done as well.
+
+  The tolerance grows with the largest value. RMSProp's rows reach 45 in these steps, and numpy's own move by 2e-4 when
+  its gradients move by half a unit of float32: there, whose sums are taken in which order shows.
+  """
   tables_of = make_program(spec_of(operation, embedding__l2=L2, **options)).embeddings
 
   @jax.jit
@@ -161,7 +165,9 @@ def held_against_numpy(operation, case, update='touched', *, rounding, **options
 
   tables, known = tables_of.init()
   assert not known
-  close_to = lambda found, expected: np.testing.assert_allclose(found, expected, rtol=rounding, atol=rounding)
+  def close_to(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=rounding, atol=rounding * max(1, np.abs(expected).max()))
+
   expected = Reference(operation, case, bits.widen(tables['fused'].value), update)
   for number in range(9):
     batch, rng = batch_of(number, padding=number % 3), np.random.default_rng([number, 1])
