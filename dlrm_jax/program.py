@@ -14,7 +14,7 @@ from dlrm_jax.embeddings.multi_hash import multi_hash
 from dlrm_jax.embeddings.update import UPDATES
 from dlrm_jax.model import layers
 from dlrm_jax.model.dlrm import DLRM
-from dlrm_jax.native import build, directory, rows
+from dlrm_jax.native import build, directory, exchange, rows
 from dlrm_jax.native.rows import RowKernels
 from dlrm_jax.optim import OPTIMIZERS, dense_transform
 from dlrm_jax.optim.schedules import LearningRate, schedule
@@ -71,7 +71,8 @@ def embeddings_of(
   """The kind of tables that a spec names."""
   embedding = spec.embedding
   kernels = directory.NATIVE if native else directory.XLA
-  parts = embedding, layout, tx, update_table, row_kernels, kernels, spec.seed, axis
+  exchanges = exchange.NATIVE if native else exchange.XLA
+  parts = embedding, layout, tx, update_table, row_kernels, kernels, exchanges, spec.seed, axis
   if embedding.kind not in KEYED:
     return KINDS[embedding.kind](*parts)
   options = embedding.admission

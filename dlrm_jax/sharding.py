@@ -5,6 +5,7 @@ and every word between devices is one of `Axis`'s. On one device each of them is
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -51,7 +52,7 @@ class Axis:
 
   def _sum(self, x: Array) -> Array:
     if x.size <= FEW:
-      return self._all(x).sum(axis=0, dtype=x.dtype)
+      return self._add(self._all(x))
     flat = jnp.pad(x.reshape(-1), (0, -x.size % self.size))
     return self.gather(self.scatter_sum(flat))[: x.size].reshape(x.shape)
 
@@ -80,7 +81,11 @@ class Axis:
     """This device's part of the leading axis of the sum over the devices."""
     if not self.mesh:
       return x
-    return self.swap(x).reshape(self.size, -1, *x.shape[1:]).sum(axis=0, dtype=x.dtype)
+    return self._add(self.swap(x).reshape(self.size, -1, *x.shape[1:]))
+
+  def _add(self, parts: Array) -> Array:
+    """The sum of what every device gave, [devices, ...], in their order: XLA:CPU's own is several times as slow."""
+    return functools.reduce(jnp.add, (parts[device] for device in range(self.size)))
 
   def most(self, x: Array) -> Array:
     """The largest of the devices' numbers."""

@@ -35,6 +35,7 @@ from dlrm_jax.embeddings.dynamic import initial_vectors, make_table, start_rows,
 from dlrm_jax.embeddings.layout import TableLayout
 from dlrm_jax.embeddings.width import blocks_of, make_widths, mask
 from dlrm_jax.native.directory import DirectoryKernels
+from dlrm_jax.native.exchange import ExchangeKernels
 from dlrm_jax.native.rows import RowKernels
 from dlrm_jax.optim import bits
 from dlrm_jax.sharding import ALONE, CUT, WHOLE, Axis, after
@@ -74,6 +75,7 @@ class Static:
   update_table: Callable[..., Table]  # (table, row i32[N], gradient f32[N, D], step=i32[]) -> table
   rows: RowKernels
   directories: DirectoryKernels
+  exchanges: ExchangeKernels
   seed: int
   axis: Axis
 
@@ -119,7 +121,7 @@ class Static:
     for name, table in self.layout.items():
       if self.is_routed(name):
         row = table.resolve(batch.bucket, batch.weight)
-        rows[name] = exchange.route(self.axis, table.rows, row, self.directories)
+        rows[name] = exchange.route(self.axis, table.rows, row, self.exchanges)
       else:
         rows[name] = self.here(name, table.rows, table.resolve(all_.bucket, all_.weight))
     return Found(rows)
@@ -127,7 +129,7 @@ class Static:
   def on_the_way(self, name: str, rows: int, row: Int32[Array, 'b columns']) -> Any:
     """Lookups of this device's examples in a whole table of so many rows, as `Found.rows` has them."""
     if self.is_routed(name):
-      return exchange.route(self.axis, rows, row, self.directories)
+      return exchange.route(self.axis, rows, row, self.exchanges)
     return self.here(name, rows, self.axis.gather(row))
 
   @property
@@ -177,15 +179,13 @@ class Static:
 
   def read(self, name: str, value: Array, where: Any) -> Float[Array, 'B columns D']:
     """Vectors of this device's lookups in one table."""
-    return self.ask(name, where, value.shape, lambda row: bits.widen(self.rows.read(value, row)))
+    return self.ask(name, where, len(value), lambda row: bits.widen(self.rows.read(value, row)))
 
-  def ask(
-    self, name: str, where: Any, shape: tuple[int, int], read: Callable[[Array], Array]
-  ) -> Float[Array, 'b columns D']:
-    """What `read` gives for rows of this device's part of a table, zeros for no row: f32[..., D] of i32[...]; for the
-    lookups of this device, whoever has their rows. `shape` is (rows of the part, D)."""
+  def ask(self, name: str, where: Any, size: int, read: Callable[[Array], Array]) -> Float[Array, 'b columns D']:
+    """What `read` gives for rows of this device's part of a table, which has `size`, zeros for no row: f32[..., D] of
+    i32[...]; for the lookups of this device, whoever has their rows."""
     if isinstance(where, exchange.Route):
-      return exchange.lookup(self.axis, where, *shape, read)
+      return exchange.lookup(self.axis, where, size, read, self.exchanges)
     return self.mine(name, read(where))
 
   def update(self, tables_: Tables, found: Found, gradient: Float[Array, 'B F D'], step: Int32[Array, '']) -> Tables:
@@ -204,7 +204,9 @@ class Static:
       first = self.axis.index() * size if self.is_cut(name) else 0
       apply = functools.partial(self.update_table, step=step, first=first)
       if isinstance(where, exchange.Route):
-        out[name] = exchange.update(self.axis, where, table, tables.of_columns(gradient, of.columns), apply)
+        out[name] = exchange.update(
+          self.axis, where, table, tables.of_columns(gradient, of.columns), apply, self.exchanges
+        )
         sent = bits.widen(out[name].value[:1])
       else:
         out[name] = apply(table, where.reshape(-1), tables.of_columns(everyones, of.columns).reshape(-1, dim))
@@ -288,7 +290,7 @@ class Dynamic(Static):
     """A table, what it knows and the way to its rows, where a device sees the lookups of its own ids."""
     columns, none = self.layout[name].columns, rows_of(known.directory)
     ids, wanted = wanted_ids(batch, self.layout[name])
-    way, distinct = exchange.route_ids(self.axis, ids, wanted, len(columns), self.directories)
+    way, distinct = exchange.route_ids(self.axis, ids, wanted, len(columns), self.exchanges)
 
     def answer(state: tuple[Table, Vocabulary], received: list[Array]) -> tuple[Any, Array]:
       key, feature, times, *seeds = received
@@ -298,7 +300,7 @@ class Dynamic(Static):
 
     sent = *take(ids, distinct.lane), distinct.times, *(seed[distinct.lane] for seed in seeds)
     nobody, sent = jnp.full_like(way.row, none), [(part, 0) for part in sent]
-    (table, known), row = exchange.hand_over(self.axis, way, sent, (table, known), answer, nobody)
+    (table, known), row = exchange.hand_over(self.axis, way, sent, (table, known), answer, nobody, self.exchanges)
     said = exchange.by_lookup(way, row, none).reshape(-1)
     known = with_lookups(known, lookups_of(len(columns), wanted, wanted & (said == none), said == none + 1))
     return table, known, way._replace(row=jnp.minimum(row, none))
@@ -350,14 +352,14 @@ class Dynamic(Static):
     """The way to the rows in a table, see `resolve_routed`."""
     columns, none = self.layout[name].columns, rows_of(directory)
     ids, wanted = wanted_ids(batch, self.layout[name])
-    way, distinct = exchange.route_ids(self.axis, ids, wanted, len(columns), self.directories)
+    way, distinct = exchange.route_ids(self.axis, ids, wanted, len(columns), self.exchanges)
 
     def look(state: tuple[()], received: list[Array]) -> tuple[Any, Array]:
       key, feature, times = received
       return state, find(directory, Ids(key, feature), times > 0, self.directories, self.shard(name))
 
     sent = [(part, 0) for part in (*take(ids, distinct.lane), distinct.times)]
-    _, row = exchange.hand_over(self.axis, way, sent, (), look, jnp.full_like(way.row, none))
+    _, row = exchange.hand_over(self.axis, way, sent, (), look, jnp.full_like(way.row, none), self.exchanges)
     return way._replace(row=row)
 
   def found(self, known: Vocabularies, batch: Batch, rows: dict[str, Any], sent: Any) -> Found:
@@ -370,8 +372,8 @@ class Dynamic(Static):
     for name, where in rows.items():
       blocks = functools.partial(blocks_of, known[name].directory, known[name].widths)
       lack = lambda row, blocks=blocks: (most - blocks(row.reshape(-1))).reshape(*row.shape, 1).astype(jnp.float32)
-      shape, where = (rows_of(known[name].directory), 1), exchange.in_turn(where, sent)
-      lacks[name] = self.ask(name, where, shape, lack)[..., 0]
+      where = exchange.in_turn(where, sent)
+      lacks[name] = self.ask(name, where, rows_of(known[name].directory), lack)[..., 0]
       sent = lacks[name] if isinstance(where, exchange.Route) else sent
     blocks = most - tables.in_order(self.layout, lacks).astype(jnp.int32)
     width = mask(blocks.reshape(-1), most, self.spec.dim)

@@ -27,6 +27,8 @@ TARGETS = {
   'dlrm_directory_find': 'DlrmDirectoryFind',
   'dlrm_directory_claim': 'DlrmDirectoryClaim',
   'dlrm_bloom_add': 'DlrmBloomAdd',
+  'dlrm_exchange_meet': 'DlrmExchangeMeet',
+  'dlrm_exchange_add': 'DlrmExchangeAdd',
   'dlrm_transpose_float32_float32': 'DlrmTransposeFloatFloat',
   'dlrm_transpose_float32_bfloat16': 'DlrmTransposeFloatBFloat16',
   'dlrm_transpose_bfloat16_float32': 'DlrmTransposeBFloat16Float',

@@ -1,0 +1,118 @@
+// Kernels of the exchange of lookups between devices: equal ids meet, values of equal places are added. See exchange.py for
+// what they promise.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "parallel.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+constexpr int kMeetScratch = 300;  // of the uses of memory that a thread keeps
+constexpr int64_t kLanesPerPart = 4096;
+constexpr int64_t kMostParts = 8;
+
+inline uint32_t Hash(const uint32_t* key, int64_t words, uint32_t feature) {
+  uint32_t h = feature * 0x85ebca77u;
+  for (int64_t i = 0; i < words; ++i) h = (h ^ key[i]) * 0x9e3779b1u;
+  h = (h ^ h >> 16) * 0x7feb352du;
+  h = (h ^ h >> 15) * 0x846ca68bu;
+  return h ^ h >> 16;
+}
+
+// Results: the place of each lane's id among the distinct ones, or the number of lanes; where those of each owner begin;
+// then of each place its owner, its first lane, and how many lanes it has.
+ffi::Error Meet(ffi::Buffer<ffi::U32> key_in, ffi::Buffer<ffi::U32> feature_in, ffi::Buffer<ffi::S32> owner_in,
+                ffi::ResultBuffer<ffi::S32> place_out, ffi::ResultBuffer<ffi::S32> start_out,
+                ffi::ResultBuffer<ffi::S32> owner_out, ffi::ResultBuffer<ffi::S32> lane_out,
+                ffi::ResultBuffer<ffi::U32> times_out) {
+  const uint32_t *key = key_in.typed_data(), *feature = feature_in.typed_data();
+  const int32_t* wanted_of = owner_in.typed_data();
+  const int64_t lanes = owner_in.element_count(), words = key_in.dimensions()[1];
+  const int64_t nobody = start_out->element_count() - 1;
+  int32_t *place = place_out->typed_data(), *start = start_out->typed_data(), *owner = owner_out->typed_data();
+  int32_t* lane_of = lane_out->typed_data();
+  uint32_t* times = times_out->typed_data();
+
+  int64_t size = 64;
+  while (size < 2 * lanes) size *= 2;
+  // A table of what is where; of each distinct id, in the order in which they come, its first lane and its place.
+  int32_t* table = reinterpret_cast<int32_t*>(dlrm::Scratch<kMeetScratch>(size + 2 * lanes));
+  int32_t *first = table + size, *sorted = first + lanes;
+  std::fill_n(table, size, -1);
+  std::vector<int32_t> next(nobody + 1);  // of each owner, shifted by one, how many; then where its next id goes
+  int32_t count = 0;
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    if (wanted_of[lane] >= nobody) {
+      place[lane] = -1;
+      continue;
+    }
+    const uint32_t* own = key + lane * words;
+    auto is_other = [&](int32_t at) {
+      return !std::equal(own, own + words, key + at * words) || feature[at] != feature[lane];
+    };
+    int64_t slot = Hash(own, words, feature[lane]) & (size - 1);
+    while (table[slot] >= 0 && is_other(first[table[slot]])) slot = (slot + 1) & (size - 1);
+    if (table[slot] < 0) {
+      table[slot] = count;
+      first[count++] = lane;
+      ++next[wanted_of[lane] + 1];
+    }
+    place[lane] = table[slot];
+  }
+  for (int64_t device = 0; device < nobody; ++device) next[device + 1] += next[device];
+  std::copy(next.begin(), next.end(), start);
+  for (int32_t i = 0; i < count; ++i) {
+    const int32_t device = wanted_of[first[i]], at = sorted[i] = next[device]++;
+    owner[at] = device;
+    lane_of[at] = first[i];
+  }
+  std::fill(owner + count, owner + lanes, static_cast<int32_t>(nobody));
+  std::fill(lane_of + count, lane_of + lanes, 0);
+  std::fill_n(times, lanes, 0);
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    if (place[lane] < 0) {
+      place[lane] = lanes;
+    } else {
+      ++times[place[lane] = sorted[place[lane]]];
+    }
+  }
+  return ffi::Error::Success();
+}
+
+// Result: of each place the sum of the values of its lanes, in their order.
+ffi::Error Add(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> place_in, ffi::Buffer<ffi::F32> values,
+               ffi::ResultBuffer<ffi::F32> out) {
+  const int64_t lanes = place_in.element_count(), places = out->dimensions()[0], dim = out->dimensions()[1];
+  const int64_t parts = std::clamp<int64_t>(lanes / kLanesPerPart, 1, std::min<int64_t>(kMostParts, pool.num_threads()));
+  const int32_t* place = place_in.typed_data();
+  // A part is the places of a stretch.
+  dlrm::ParallelFor(pool, parts, [&](int64_t part) {
+    const int64_t from = part * places / parts, to = (part + 1) * places / parts;
+    float* total = out->typed_data();
+    std::memset(total + from * dim, 0, (to - from) * dim * sizeof(float));
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      if (place[lane] < from || place[lane] >= to) continue;
+      const float* value = values.typed_data() + lane * dim;
+      for (int64_t i = 0; i < dim; ++i) total[place[lane] * dim + i] += value[i];
+    }
+  });
+  return ffi::Error::Success();
+}
+
+using U32 = ffi::Buffer<ffi::U32>;
+using S32 = ffi::Buffer<ffi::S32>;
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DlrmExchangeMeet, Meet,
+                              ffi::Ffi::Bind().Arg<U32>().Arg<U32>().Arg<S32>().Ret<S32>().Ret<S32>().Ret<S32>()
+                                  .Ret<S32>().Ret<U32>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    DlrmExchangeAdd, Add,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<S32>().Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>());
