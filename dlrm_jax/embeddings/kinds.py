@@ -48,7 +48,7 @@ Vocabularies = dict[str, Vocabulary]
 Claim = Callable[[Table, Vocabulary, Ids, Times, Sequence[Array]], tuple[Table, Vocabulary, Resolved]]
 
 # Devices from which on `exchange` auto is all_to_all.
-MANY_DEVICES = 4
+MANY_DEVICES = 8
 # Arrays of a `Vocabulary` that are not by row.
 SHARED = ('counts', 'least')
 
