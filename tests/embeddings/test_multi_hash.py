@@ -82,8 +82,8 @@ def rows_by_hand(operation, remainder_rows=0, buckets=BUCKETS, full_below=FULL_B
 class Reference:
   """The tables of a spec as one f64 array of remainders and one of quotients for each column, trained by numpy."""
 
-  def __init__(self, operation, case, values, update='touched'):
-    self.operation, self.case, self.update_how, self.steps = operation, case, update, 0
+  def __init__(self, operation, case, values, rate, update):
+    self.operation, self.case, self.rate, self.update_how, self.steps = operation, case, rate, update, 0
     self.columns = rows_by_hand(operation)
     sizes = [size for size, _, _ in self.columns] + [size for _, size, _ in self.columns]
     assert sum(sizes) == len(values)
@@ -119,12 +119,12 @@ class Reference:
       part, column = divmod(i, 26)
       row, grad = rows[part, real, column], gradients[part][real, column]
       if self.update_how == 'touched':
-        table, slots = reference.step_rows(self.case, table, slots, self.steps, RATE, row, grad, L2)
+        table, slots = reference.step_rows(self.case, table, slots, self.steps, self.rate, row, grad, L2)
       else:
         total = np.zeros_like(table)
         np.add.at(total, row, grad)
         total[np.unique(row)] += L2 * table[np.unique(row)]
-        table, slots = reference.step(self.case, table, total, slots, self.steps, RATE)
+        table, slots = reference.step(self.case, table, total, slots, self.steps, self.rate)
       self.tables[i], self.slots[i] = table, slots
 
 
@@ -138,7 +138,9 @@ class Reference:
   ],
 )
 def test_equals_numpy_over_several_steps(operation, case, update):
-  options = OPTIONS[case] | {'optimizer__learning_rate': RATE, 'optimizer__table_update': update}
+  # RMSProp's first steps are so long that, at RATE, half a unit of float32 in a gradient shows in the fourth digit.
+  rate = RATE / 10 if case == 'adamasync_rmsprop' else RATE
+  options = OPTIONS[case] | {'optimizer__learning_rate': rate, 'optimizer__table_update': update}
   held_against_numpy(operation, case, update, rounding=1e-4, **options)
 
 
@@ -151,11 +153,7 @@ def test_tables_of_half_the_memory_equal_numpy_to_rounding():
 
 
 def held_against_numpy(operation, case, update='touched', *, rounding, **options):
-  """The rows after nine steps, all of which numpy has done as well.
-
-  The tolerance grows with the largest value. RMSProp's rows reach 45 in these steps, and numpy's own move by 2e-4 when
-  its gradients move by half a unit of float32: there, whose sums are taken in which order shows.
-  """
+  """The rows after nine steps, all of which numpy has done as well."""
   tables_of = make_program(spec_of(operation, embedding__l2=L2, **options)).embeddings
 
   @jax.jit
@@ -165,10 +163,8 @@ def held_against_numpy(operation, case, update='touched', *, rounding, **options
 
   tables, known = tables_of.init()
   assert not known
-  def close_to(found, expected):
-    np.testing.assert_allclose(found, expected, rtol=rounding, atol=rounding * max(1, np.abs(expected).max()))
-
-  expected = Reference(operation, case, bits.widen(tables['fused'].value), update)
+  close_to = lambda found, expected: np.testing.assert_allclose(found, expected, rtol=rounding, atol=rounding)
+  expected = Reference(operation, case, bits.widen(tables['fused'].value), options['optimizer__learning_rate'], update)
   for number in range(9):
     batch, rng = batch_of(number, padding=number % 3), np.random.default_rng([number, 1])
     gradient = rng.normal(size=(LANES, 26, DIM))
