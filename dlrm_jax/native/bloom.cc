@@ -12,13 +12,6 @@ namespace ffi = xla::ffi;
 namespace {
 
 constexpr int64_t kAhead = 8;  // lanes
-constexpr int64_t kLanesPerPiece = 1024;
-constexpr int64_t kMostParts = 8;
-
-int64_t PiecesOf(const ffi::ThreadPool& pool, int64_t lanes) {
-  const int64_t most = std::clamp<int64_t>(pool.num_threads(), 1, kMostParts);
-  return std::clamp<int64_t>(lanes / kLanesPerPiece, 1, most);
-}
 
 template <typename T>
 void Add(ffi::ThreadPool& pool, T* counters, int64_t regions, int64_t size, const uint32_t* word,
@@ -36,7 +29,7 @@ void Add(ffi::ThreadPool& pool, T* counters, int64_t regions, int64_t size, cons
       body(lane);
     }
   };
-  const int64_t pieces = PiecesOf(pool, lanes);
+  const int64_t pieces = dlrm::PartsOf(pool, lanes);
   dlrm::ParallelFor(pool, pieces, [&](int64_t piece) {
     const int64_t low = piece * regions * size / pieces, high = (piece + 1) * regions * size / pieces;  // no other piece writes these
     for_lanes(0, lanes, [&](int64_t lane) {

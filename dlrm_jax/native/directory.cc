@@ -13,17 +13,10 @@ namespace ffi = xla::ffi;
 namespace {
 
 constexpr int64_t kAhead = 16;  // lanes ahead of the one at work whose buckets are asked for
-constexpr int64_t kLanesPerPiece = 1024;
-constexpr int64_t kMostParts = 8;
 constexpr int kClaimScratch = 200;  // of the uses of memory that a thread keeps
 constexpr uint32_t kFeatures = 32;  // the low bits of a stamp are the feature
 constexpr uint32_t kMostFrequency = (1u << 31) - 1;
 enum Field { kLow, kHigh, kFrequency, kStamp, kFields };
-
-int64_t PiecesOf(const ffi::ThreadPool& pool, int64_t lanes) {
-  const int64_t most = std::clamp<int64_t>(pool.num_threads(), 1, kMostParts);
-  return std::clamp<int64_t>(lanes / kLanesPerPiece, 1, most);
-}
 
 struct Ids {
   Ids(const ffi::Buffer<ffi::U32>& key_buffer, const ffi::Buffer<ffi::U32>& feature_buffer,
@@ -119,7 +112,7 @@ ffi::Error Find(ffi::ThreadPool pool, ffi::Buffer<ffi::U32> entry, ffi::Buffer<f
   const Ids ids(key, feature, place);
   int32_t* row = row_out->typed_data();
   const int32_t none = entry.element_count() / kFields;
-  const int64_t pieces = PiecesOf(pool, ids.lanes);
+  const int64_t pieces = dlrm::PiecesOf(pool, ids.lanes);
   WithWays(entry.typed_data(), entry.dimensions()[3], [&](auto buckets) {
     dlrm::ParallelFor(pool, pieces, [&](int64_t piece) {
       const int64_t to = (piece + 1) * ids.lanes / pieces;
@@ -185,7 +178,7 @@ ffi::Error Claim(ffi::ThreadPool pool, ffi::Buffer<ffi::U32> entry_in, ffi::Buff
   const Ids ids(key, feature, place);
   int32_t *row = row_out->typed_data(), *fresh = fresh_out->typed_data();
   const int32_t none = entry->element_count() / kFields;
-  const int64_t page = entry->dimensions()[1], parts = PiecesOf(pool, ids.lanes);
+  const int64_t page = entry->dimensions()[1], parts = dlrm::PartsOf(pool, ids.lanes);
   std::fill(fresh, fresh + ids.lanes, 0);
   WithWays(entry->typed_data(), entry->dimensions()[3], [&](auto buckets) {
     dlrm::ParallelFor(pool, parts, [&](int64_t part) {

@@ -14,8 +14,6 @@ namespace ffi = xla::ffi;
 namespace {
 
 constexpr int kMeetScratch = 300;  // of the uses of memory that a thread keeps
-constexpr int64_t kLanesPerPart = 4096;
-constexpr int64_t kMostParts = 8;
 
 inline uint32_t Hash(const uint32_t* key, int64_t words, uint32_t feature) {
   uint32_t h = feature * 0x85ebca77u;
@@ -89,7 +87,7 @@ ffi::Error Meet(ffi::Buffer<ffi::U32> key_in, ffi::Buffer<ffi::U32> feature_in, 
 ffi::Error Add(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> place_in, ffi::Buffer<ffi::F32> values,
                ffi::ResultBuffer<ffi::F32> out) {
   const int64_t lanes = place_in.element_count(), places = out->dimensions()[0], dim = out->dimensions()[1];
-  const int64_t parts = std::clamp<int64_t>(lanes / kLanesPerPart, 1, std::min<int64_t>(kMostParts, pool.num_threads()));
+  const int64_t parts = dlrm::PartsOf(pool, lanes);
   const int32_t* place = place_in.typed_data();
   // A part is the places of a stretch.
   dlrm::ParallelFor(pool, parts, [&](int64_t part) {

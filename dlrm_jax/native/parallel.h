@@ -57,6 +57,19 @@ void ParallelFor(xla::ffi::ThreadPool& pool, int64_t n, const Body& body) {
   }
 }
 
+constexpr int64_t kLanesPerPiece = 1024;  // fewer are not worth a thread of their own
+constexpr int64_t kMostParts = 8;
+
+// Pieces into which lanes are cut for the threads of a pool.
+inline int64_t PiecesOf(const xla::ffi::ThreadPool& pool, int64_t lanes) {
+  return std::clamp<int64_t>(lanes / kLanesPerPiece, 1, std::max<int64_t>(1, pool.num_threads()));
+}
+
+// The same where each thread looks at all of the lanes, to find those that are its own.
+inline int64_t PartsOf(const xla::ffi::ThreadPool& pool, int64_t lanes) {
+  return std::min(PiecesOf(pool, lanes), kMostParts);
+}
+
 // At least `words` words that belong to this thread and to `Use`, until the thread asks for more of them. Kept from call
 // to call, since fresh memory costs a page fault every four kilobytes.
 template <int Use>

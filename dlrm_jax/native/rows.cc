@@ -16,12 +16,6 @@ namespace {
 // Lanes ahead of the one at work whose memory is asked for: enough to keep every line-fill buffer of a core busy.
 constexpr int64_t kAhead = 24;
 constexpr int64_t kLine = 64;
-// Fewer lanes are not worth a thread of their own.
-constexpr int64_t kLanesPerPiece = 1024;
-
-int64_t PiecesOf(const ffi::ThreadPool& pool, int64_t lanes) {
-  return std::clamp<int64_t>(lanes / kLanesPerPiece, 1, std::max<int64_t>(1, pool.num_threads()));
-}
 
 template <bool kToWrite>
 inline void Prefetch(const void* row, int64_t bytes) {
@@ -83,7 +77,7 @@ ffi::Error Gather(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> row, ffi::Remainin
     tables.emplace_back(*args.get<ffi::AnyBuffer>(i));
     outs.emplace_back(*results.get<ffi::AnyBuffer>(i).value());
   }
-  const int64_t lanes = row.element_count(), pieces = PiecesOf(pool, lanes);
+  const int64_t lanes = row.element_count(), pieces = dlrm::PiecesOf(pool, lanes);
   dlrm::ParallelFor(pool, pieces, [&](int64_t piece) {
     for (size_t i = 0; i < tables.size(); ++i) {
       GatherRows(tables[i], row.typed_data(), piece * lanes / pieces, (piece + 1) * lanes / pieces, outs[i].data);
@@ -102,7 +96,7 @@ ffi::Error Scatter(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> row, ffi::Remaini
       return ffi::Error::Internal("a table was not given in place");
     }
   }
-  const int64_t lanes = row.element_count(), pieces = PiecesOf(pool, lanes);
+  const int64_t lanes = row.element_count(), pieces = dlrm::PiecesOf(pool, lanes);
   dlrm::ParallelFor(pool, pieces, [&](int64_t piece) {
     for (size_t i = 0; i < tables.size(); ++i) {
       ScatterRows(tables[i], row.typed_data(), piece * lanes / pieces, (piece + 1) * lanes / pieces, ins[i].data);
@@ -111,7 +105,6 @@ ffi::Error Scatter(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> row, ffi::Remaini
   return ffi::Error::Success();
 }
 
-constexpr int64_t kMostParts = 8;
 constexpr int kMergeScratch = 100;  // of the uses of memory that a thread keeps
 
 struct Lane {
@@ -149,9 +142,9 @@ ffi::Error Merge(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> scratch_in, ffi::Bu
   float* total = total_out->typed_data();
 
   // A part is a list of lanes whose rows no other part has, in the order of the batch: so every sum is in that order.
-  const int64_t parts = std::min(PiecesOf(pool, lanes), kMostParts);
+  const int64_t parts = dlrm::PartsOf(pool, lanes);
   Lane* list = reinterpret_cast<Lane*>(dlrm::Scratch<kMergeScratch>(parts * lanes * 2));
-  int64_t length[kMostParts] = {};
+  int64_t length[dlrm::kMostParts] = {};
   int32_t count = 0;
   for (int64_t lane = 0; lane < lanes; ++lane) {
     const int32_t ahead = lane + kAhead < lanes ? row[lane + kAhead] : -1;
