@@ -15,7 +15,6 @@ from dlrm_jax.embeddings.update import UPDATES
 from dlrm_jax.model import layers
 from dlrm_jax.model.dlrm import DLRM
 from dlrm_jax.native import build, directory, exchange, rows
-from dlrm_jax.native.rows import RowKernels
 from dlrm_jax.optim import OPTIMIZERS, dense_transform
 from dlrm_jax.optim.schedules import LearningRate, schedule
 from dlrm_jax.sharding import ALONE, Axis
@@ -50,7 +49,7 @@ def make_program(spec: Spec, axis: Axis = ALONE) -> Program:
     spec=spec,
     model=DLRM(spec.model, layers.NATIVE if native.ready else layers.XLA, axis),
     dense_tx=dense_transform(dense_tx, rate, options.weight_decay),
-    embeddings=embeddings_of(spec, layout, table_tx, update_table, kernels, axis, native.ready),
+    embeddings=embeddings_of(spec, layout, table_tx, update_table, axis, native.ready),
     native=native,
     axis=axis,
   )
@@ -64,7 +63,6 @@ def embeddings_of(
   layout: dict[str, TableLayout],
   tx: optax.GradientTransformation,
   update_table: Callable[..., Table],
-  row_kernels: RowKernels,
   axis: Axis,
   native: bool,
 ) -> Static:
@@ -72,7 +70,7 @@ def embeddings_of(
   embedding = spec.embedding
   kernels = directory.NATIVE if native else directory.XLA
   exchanges = exchange.NATIVE if native else exchange.XLA
-  parts = embedding, layout, tx, update_table, row_kernels, kernels, exchanges, spec.seed, axis
+  parts = embedding, layout, tx, update_table, kernels, exchanges, spec.seed, axis
   if embedding.kind not in KEYED:
     return KINDS[embedding.kind](*parts)
   options = embedding.admission

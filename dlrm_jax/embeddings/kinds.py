@@ -73,11 +73,15 @@ class Static:
   layout: tables.Layout
   tx: optax.GradientTransformation
   update_table: Callable[..., Table]  # (table, row i32[N], gradient f32[N, D], step=i32[]) -> table
-  rows: RowKernels
   directories: DirectoryKernels
   exchanges: ExchangeKernels
   seed: int
   axis: Axis
+
+  @property
+  def rows(self) -> RowKernels:
+    """What reads and writes rows."""
+    return self.exchanges.rows
 
   def init(self) -> tuple[Tables, Vocabularies]:
     """Before the first step."""
