@@ -26,7 +26,7 @@ void ForwardLane(const float* w, const float* b, const T* h, const float* weight
                  int64_t examples, int64_t first, int64_t last, int64_t call, float* moments) {
   const int64_t words = WordsOf<T>(k);
   Word* a = Scratch<0>(RoundUp(n, Product<T>::kRowStep) * Stride(words));
-  if (IsFirstOf(call)) PackTransposed<T>(w, k, n, words, a);
+  if (IsFirstOf(call)) PackTransposed<T>(w, k, n, 0, k, a);
   Word* packed = Scratch<1>(kPanel * words);
   float *sum = reinterpret_cast<float*>(Scratch<2>(2 * 16 * n)), *square = sum + 16 * n;
   std::fill_n(sum, 2 * 16 * n, 0.f);
@@ -66,13 +66,13 @@ struct BackwardCall {
   int64_t k, n, examples, call;
 };
 
-// The panels [first, last): gh, and what they add to the gradients of the kernel, [k, n] of `ld`, and of the bias.
+// The panels [first, last): gh, and what they add to the gradients of the kernel and of the bias.
 template <typename T, bool WithMoments>
-void BackwardLane(const BackwardCall<T>& in, int64_t first, int64_t last, float* gkernel, int64_t ld, float* gbias) {
+void BackwardLane(const BackwardCall<T>& in, int64_t first, int64_t last, float* gkernel, float* gbias) {
   const int64_t k = in.k, n = in.n, examples = in.examples, words = WordsOf<T>(n);
   const int64_t padded_k = RoundUp(k, Product<T>::kRowStep);
   Word* a = Scratch<0>(padded_k * Stride(words));  // W, in words along n
-  if (IsFirstOf(in.call)) PackRows<T>(in.w, k, n, words, a);
+  if (IsFirstOf(in.call)) PackRows<T>(in.w, n, 0, k, a);
   Word* packed = Scratch<1>(kPanel * words);                        // g of a panel: words along n, examples
   float* sums = reinterpret_cast<float*>(Scratch<2>(16 * n));       // gradient of the bias
   Word* slice_h = Scratch<3>(padded_k * Stride(kSliceWords<T>));    // h of a slice: k, words along the examples
@@ -90,7 +90,7 @@ void BackwardLane(const BackwardCall<T>& in, int64_t first, int64_t last, float*
                                      g + row * kPanel, sums + 16 * row);
       }
       PackPanel(g, kPanel, n, words, packed);
-      TransposePanel(g, n, i, slice_g);
+      TransposePanel(g, n, i, slice_g, kSliceWords<T>);
       for (int64_t row = 0; row < k; ++row) {
         std::memcpy(slice_h + row * Stride(kSliceWords<T>) + i * kPanelWords<T>, in.h + row * examples + example,
                     kPanel * sizeof(T));
@@ -99,7 +99,10 @@ void BackwardLane(const BackwardCall<T>& in, int64_t first, int64_t last, float*
         ConvertRow(c, in.gh + row * examples + example);
       });
     }
-    AddKernelGradient(product, slice_h, slice_g, slice, k, n, gkernel, ld, start > first);
+    for (int64_t n0 = 0; n0 < n; n0 += kPanel) {
+      KernelGradient(product, slice_h, Stride(kSliceWords<T>), slice_g + n0 * kSliceWords<T>, slice * kPanelWords<T>, k, n,
+                     n0, start > first, gkernel);
+    }
   }
   SumRows(sums, n, gbias);
 }
@@ -114,15 +117,18 @@ ffi::Error Backward(ffi::ThreadPool pool, ffi::AnyBuffer kernel, ffi::AnyBuffer 
       Data<T>(h), Data<T>(y), Data<T>(gy), Data<T>(*gh),
       kernel.dimensions()[0], kernel.dimensions()[1], h.dimensions()[1], NewCall()};
   const int64_t panels = in.examples / kPanel, lanes = GradientLanes(in.examples, pool.num_threads());
-  const int64_t ld = RoundUp(in.n, kPanel), size = RoundUp(in.k, Product<T>::kRowStep) * ld;
+  const int64_t size = in.k * in.n;
   float *gkernels = reinterpret_cast<float*>(Scratch<6>(lanes * (size + in.n))), *gbiases = gkernels + lanes * size;
   ParallelFor(pool, lanes, [&](int64_t lane) {
     auto* run = with_moments ? BackwardLane<T, true> : BackwardLane<T, false>;
-    run(in, LaneStart(lane, lanes, panels), LaneStart(lane + 1, lanes, panels), gkernels + lane * size, ld,
-        gbiases + lane * in.n);
+    run(in, LaneStart(lane, lanes, panels), LaneStart(lane + 1, lanes, panels), gkernels + lane * size, gbiases + lane * in.n);
   });
   SumLanes(gbiases, lanes, in.n, in.n, Data<float>(*gbias));
-  SumKernelGradients(pool, gkernels, lanes, size, in.k, in.n, ld, Data<float>(*gkernel));
+  const int64_t pieces = Ceil(size, kSumPiece);
+  ParallelFor(pool, pieces, [&](int64_t i) {
+    const int64_t at = i * kSumPiece;
+    SumLanes(gkernels + at, lanes, size, std::min(kSumPiece, size - at), Data<float>(*gkernel) + at);
+  });
   return ffi::Error::Success();
 }
 

@@ -18,8 +18,10 @@ namespace dlrm {
 constexpr int64_t kPanel = 64;   // columns of a panel: examples, or features of g^T
 constexpr int64_t kSlice = 512;  // examples of a slice: its h and g^T stay in the second-level cache
 constexpr int64_t kSlicePanels = kSlice / kPanel;
-constexpr int64_t kBlock = 96;  // rows of C that are made at a time: a multiple of 6 and of 32
-constexpr int64_t kLanes = 4;   // for each thread, so that one that is held up is helped
+constexpr int64_t kBlock = 96;   // rows of C that are made at a time: a multiple of 6 and of 32
+constexpr int64_t kDepth = 256;  // words of a sum over examples at a time: half of B stays in the first-level cache
+constexpr int64_t kLanes = 4;    // for each thread, so that one that is held up is helped
+constexpr int64_t kSumPiece = 1 << 15;  // numbers of a sum over lanes that a thread makes at a time
 
 template <typename T>
 constexpr int64_t kPerWord = sizeof(Word) / sizeof(T);
@@ -54,46 +56,45 @@ void PackPanel(const T* in, int64_t ld, int64_t rows, int64_t words, Word* out) 
   }
 }
 
-// out[N, words of K] <- W^T: up to 64 rows of it, those from n0 on. What is past the end of K is zero.
+// out[N, words of K] <- W^T: the words of the rows [from, to) of W, where `from` is a multiple of 64 and `to` another, or K.
+// What is past the end of K is zero. All columns of some rows at a time, as they lie in memory.
 template <typename T>
-void PackTransposed(const float* kernel, int64_t k, int64_t n, int64_t n0, int64_t words, Word* out) {
-  const int64_t columns = std::min(kPanel, n - n0), ld = Stride(words);
-  for (int64_t w0 = 0; w0 < words; w0 += 16) {
-    const int64_t width = std::min<int64_t>(16, words - w0);
-    alignas(64) Word block[16][kPanel] = {};
-    for (int64_t w = 0; w < width; ++w) {
-      T rows[kPerWord<T>][kPanel] = {};
-      const T* row_of[kPerWord<T>];
-      for (int64_t i = 0; i < kPerWord<T>; ++i) {
-        const int64_t row = (w0 + w) * kPerWord<T> + i;
-        if (row < k) RoundRow(kernel + row * n + n0, columns, rows[i], kPanel);
-        row_of[i] = rows[i];
+void PackTransposed(const float* kernel, int64_t k, int64_t n, int64_t from, int64_t to, Word* out) {
+  const int64_t ld = Stride(WordsOf<T>(k)), end = WordsOf<T>(to);
+  for (int64_t w0 = from / kPerWord<T>; w0 < end; w0 += 16) {
+    const int64_t width = std::min<int64_t>(16, end - w0);
+    for (int64_t n0 = 0; n0 < n; n0 += kPanel) {
+      const int64_t columns = std::min(kPanel, n - n0);
+      alignas(64) Word block[16][kPanel] = {};
+      for (int64_t w = 0; w < width; ++w) {
+        T rows[kPerWord<T>][kPanel] = {};
+        const T* row_of[kPerWord<T>];
+        for (int64_t i = 0; i < kPerWord<T>; ++i) {
+          const int64_t row = (w0 + w) * kPerWord<T> + i;
+          if (row < k) RoundRow(kernel + row * n + n0, columns, rows[i], kPanel);
+          row_of[i] = rows[i];
+        }
+        Interleave(row_of, block[w]);
       }
-      Interleave(row_of, block[w]);
-    }
-    for (int64_t c0 = 0; c0 < columns; c0 += 16) {
-      if (width == 16 && columns - c0 >= 16) {
-        Transpose16(block[0] + c0, kPanel, out + (n0 + c0) * ld + w0, ld);
-        continue;
-      }
-      for (int64_t c = c0; c < std::min(columns, c0 + 16); ++c) {
-        for (int64_t w = 0; w < width; ++w) out[(n0 + c) * ld + w0 + w] = block[w][c];
+      for (int64_t c0 = 0; c0 < columns; c0 += 16) {
+        if (width == 16 && columns - c0 >= 16) {
+          Transpose16(block[0] + c0, kPanel, out + (n0 + c0) * ld + w0, ld);
+          continue;
+        }
+        for (int64_t c = c0; c < std::min(columns, c0 + 16); ++c) {
+          for (int64_t w = 0; w < width; ++w) out[(n0 + c) * ld + w0 + w] = block[w][c];
+        }
       }
     }
   }
 }
 
-// out[N, words of K] <- W^T.
+// out[K, words of N] <- W: the rows [from, to) of it.
 template <typename T>
-void PackTransposed(const float* kernel, int64_t k, int64_t n, int64_t words, Word* out) {
-  for (int64_t n0 = 0; n0 < n; n0 += kPanel) PackTransposed<T>(kernel, k, n, n0, words, out);
-}
-
-// out[K, words of N] <- W.
-template <typename T>
-void PackRows(const float* kernel, int64_t k, int64_t n, int64_t words, Word* out) {
-  for (int64_t row = 0; row < k; ++row, out += Stride(words)) {
-    RoundRow(kernel + row * n, n, reinterpret_cast<T*>(out), words * kPerWord<T>);
+void PackRows(const float* kernel, int64_t n, int64_t from, int64_t to, Word* out) {
+  const int64_t words = WordsOf<T>(n);
+  for (int64_t row = from; row < to; ++row) {
+    RoundRow(kernel + row * n, n, reinterpret_cast<T*>(out + row * Stride(words)), words * kPerWord<T>);
   }
 }
 
@@ -126,23 +127,32 @@ constexpr int64_t kPanelWords = kPanel / kPerWord<T>;
 template <typename T>
 constexpr int64_t kSliceWords = kSlice / kPerWord<T>;
 
-// The i-th panel, g [n, 64], of a slice as g^T, which is packed by 64 features: words along the examples.
+// The i-th panel, g [n, 64], of a slice as g^T, which is packed by 64 features: so many words along the examples.
 template <typename T>
-void TransposePanel(const T* g, int64_t n, int64_t i, Word* slice) {
+void TransposePanel(const T* g, int64_t n, int64_t i, Word* slice, int64_t words) {
   for (int64_t n0 = 0; n0 < n; n0 += 16) {
-    Word* out = slice + n0 / kPanel * kSliceWords<T> * kPanel + i * kPanelWords<T> * kPanel + n0 % kPanel;
+    Word* out = slice + n0 / kPanel * words * kPanel + i * kPanelWords<T> * kPanel + n0 % kPanel;
     for (int64_t w = 0; w < kPanelWords<T>; w += 16) {
       Transpose16(reinterpret_cast<const Word*>(g) + n0 * kPanelWords<T> + w, kPanelWords<T>, out + w * kPanel, kPanel);
     }
   }
 }
 
-// Adds to the gradient of a kernel, [k, n] of `ld`, what a slice of so many panels contributes; without `start`, writes it.
+// The gradient of a kernel, [k, n], by h [k, words of examples] and g^T of a slice: the columns from n0 on, up to 64 of
+// them. With `start`, it is added to what is there, as if the slices before were part of this one.
 template <typename T>
-void AddKernelGradient(const Product<T>& product, const Word* h, const Word* g, int64_t panels, int64_t k, int64_t n,
-                       float* gkernel, int64_t ld, bool start) {
-  for (int64_t n0 = 0; n0 < n; n0 += kPanel) {
-    product(h, Stride(kSliceWords<T>), g + n0 * kSliceWords<T>, panels * kPanelWords<T>, k, gkernel + n0, ld, start);
+void KernelGradient(const Product<T>& product, const Word* h, int64_t ld, const Word* g, int64_t words, int64_t k,
+                    int64_t n, int64_t n0, bool start, float* gkernel) {
+  const int64_t columns = std::min(kPanel, n - n0);
+  for (int64_t first = 0; first < k; first += kBlock) {
+    const int64_t rows = std::min(kBlock, k - first);
+    float* out = gkernel + first * n + n0;
+    alignas(64) float c[kBlock * kPanel];
+    for (int64_t r = 0; start && r < rows; ++r) std::memcpy(c + r * kPanel, out + r * n, columns * sizeof(float));
+    for (int64_t w = 0; w < words; w += kDepth) {
+      product(h + first * ld + w, ld, g + w * kPanel, std::min(kDepth, words - w), rows, c, kPanel, start || w > 0);
+    }
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(out + r * n, c + r * kPanel, columns * sizeof(float));
   }
 }
 
@@ -158,16 +168,6 @@ inline int64_t LaneStart(int64_t lane, int64_t lanes, int64_t panels) { return l
 inline void SumLanes(const float* in, int64_t lanes, int64_t ld, int64_t n, float* out) {
   std::fill_n(out, n, 0.f);
   for (int64_t lane = 0; lane < lanes; ++lane) AddTo(out, in + lane * ld, n);
-}
-
-// gkernel [k, n] <- the sum over the lanes of theirs, [k, n] of `ld`, which lie `lane_size` numbers apart.
-inline void SumKernelGradients(xla::ffi::ThreadPool& pool, const float* in, int64_t lanes, int64_t lane_size, int64_t k,
-                               int64_t n, int64_t ld, float* gkernel) {
-  ParallelFor(pool, Ceil(k, kBlock), [&](int64_t block) {
-    for (int64_t row = block * kBlock; row < std::min(k, (block + 1) * kBlock); ++row) {
-      SumLanes(in + row * ld, lanes, lane_size, n, gkernel + row * n);
-    }
-  });
 }
 
 }  // namespace dlrm

@@ -105,19 +105,57 @@ ffi::Error Scatter(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> row, ffi::Remaini
   return ffi::Error::Success();
 }
 
-constexpr int kMergeScratch = 100;  // of the uses of memory that a thread keeps
+constexpr int kMergeLists = 100, kMergeTable = 101;  // of the uses of memory that a thread keeps
 
-struct Lane {
-  int32_t lane, place;
+// Those lanes of a call whose rows have a hash of this part's. In the order of the batch, so that every sum is.
+struct Part {
+  int32_t *lane, *place;  // of each: its number, and where its row stands in `distinct`
+  int32_t* distinct;
+  int64_t lanes, count;
 };
 
-void AddLanes(const Lane* lanes, int64_t count, const float* grad, int64_t dim, float* total) {
+inline uint64_t HashOf(int32_t row) { return static_cast<uint32_t>(row) * 0x9e3779b97f4a7c15u; }
+
+// The part's lanes and distinct rows. Its table is so small that it stays in a cache, where a number for each row of the
+// tables would be memory that no cache holds.
+void FindDistinct(const int32_t* row, int64_t lanes, int64_t rows, uint64_t which, uint64_t parts, Part& part) {
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    part.lane[part.lanes] = lane;
+    part.lanes += InTable(row[lane], rows) && (HashOf(row[lane]) >> 32) * parts >> 32 == which;
+  }
+  uint64_t size = 16;
+  while (static_cast<int64_t>(size) < 2 * part.lanes) size *= 2;
+  struct Slot {
+    int32_t row, place;
+  };
+  Slot* table = reinterpret_cast<Slot*>(dlrm::Scratch<kMergeTable>(2 * size));
+  std::fill_n(table, size, Slot{-1, 0});
+  for (int64_t i = 0; i < part.lanes; ++i) {
+    const int32_t own = row[part.lane[i]];
+    uint64_t at = HashOf(own) >> 16 & (size - 1);
+    while (table[at].row >= 0 && table[at].row != own) at = (at + 1) & (size - 1);
+    if (table[at].row < 0) {
+      table[at] = {own, static_cast<int32_t>(part.count)};
+      part.distinct[part.count++] = own;
+    }
+    part.place[i] = table[at].place;
+  }
+}
+
+// The sums of the part's distinct rows, which begin at `total`.
+void AddLanes(const Part& part, const float* grad, int64_t dim, float* total) {
   auto add = [=](auto width) {
-    for (int64_t i = 0; i < count; ++i) {
-      if (i + kAhead < count) Prefetch<false>(grad + lanes[i + kAhead].lane * width, width * sizeof(float));
-      const float* from = grad + lanes[i].lane * width;
-      float* to = total + lanes[i].place * width;
-      for (int64_t j = 0; j < width; ++j) to[j] += from[j];
+    int32_t begun = 0;
+    for (int64_t i = 0; i < part.lanes; ++i) {
+      if (i + kAhead < part.lanes) Prefetch<false>(grad + part.lane[i + kAhead] * width, width * sizeof(float));
+      const float* from = grad + part.lane[i] * width;
+      float* to = total + part.place[i] * width;
+      if (part.place[i] == begun) {
+        ++begun;
+        std::memcpy(to, from, width * sizeof(float));
+      } else {
+        for (int64_t j = 0; j < width; ++j) to[j] += from[j];
+      }
     }
   };
   if (dim == 16) {
@@ -127,8 +165,8 @@ void AddLanes(const Lane* lanes, int64_t count, const float* grad, int64_t dim, 
   }
 }
 
-// The scratch says at which place of `distinct` a row stands, but only where `distinct` agrees: it is never cleared.
-// Results: the scratch, in place; the distinct rows, then "no row"; the sums of their gradients; their number.
+// Results: the scratch, of which there is no need here; the distinct rows, then "no row"; the sums of their gradients;
+// their number.
 ffi::Error Merge(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> scratch_in, ffi::Buffer<ffi::S32> row_in,
                  ffi::Buffer<ffi::F32> grad, ffi::ResultBuffer<ffi::S32> scratch_out,
                  ffi::ResultBuffer<ffi::S32> distinct_out, ffi::ResultBuffer<ffi::F32> total_out,
@@ -137,33 +175,23 @@ ffi::Error Merge(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> scratch_in, ffi::Bu
     return ffi::Error::Internal("the scratch was not given in place");
   }
   const int64_t lanes = row_in.element_count(), rows = scratch_in.element_count(), dim = grad.dimensions()[1];
-  const int32_t* row = row_in.typed_data();
-  int32_t *scratch = scratch_out->typed_data(), *distinct = distinct_out->typed_data();
-  float* total = total_out->typed_data();
-
-  // A part is a list of lanes whose rows no other part has, in the order of the batch: so every sum is in that order.
-  const int64_t parts = dlrm::PartsOf(pool, lanes);
-  Lane* list = reinterpret_cast<Lane*>(dlrm::Scratch<kMergeScratch>(parts * lanes * 2));
-  int64_t length[dlrm::kMostParts] = {};
-  int32_t count = 0;
-  for (int64_t lane = 0; lane < lanes; ++lane) {
-    const int32_t ahead = lane + kAhead < lanes ? row[lane + kAhead] : -1;
-    if (InTable(ahead, rows)) Prefetch<true>(scratch + ahead, sizeof(int32_t));
-    if (!InTable(row[lane], rows)) continue;
-    int32_t place = scratch[row[lane]];
-    if (place < 0 || place >= count || distinct[place] != row[lane]) {
-      place = scratch[row[lane]] = count++;
-      distinct[place] = row[lane];
-    }
-    const int64_t part = place % parts;
-    list[part * lanes + length[part]++] = {static_cast<int32_t>(lane), place};
-  }
-  *count_out->typed_data() = count;
-  std::fill(distinct + count, distinct + distinct_out->element_count(), static_cast<int32_t>(rows));
-  std::memset(total, 0, count * dim * sizeof(float));
-  dlrm::ParallelFor(pool, parts, [&](int64_t part) {
-    AddLanes(list + part * lanes, length[part], grad.typed_data(), dim, total);
+  int32_t* distinct = distinct_out->typed_data();
+  const int64_t number = dlrm::PartsOf(pool, lanes);
+  int32_t* lists = reinterpret_cast<int32_t*>(dlrm::Scratch<kMergeLists>(number * 3 * (lanes + 1)));
+  Part parts[dlrm::kMostParts];
+  dlrm::ParallelFor(pool, number, [&](int64_t i) {
+    int32_t* own = lists + i * 3 * (lanes + 1);
+    parts[i] = {own, own + lanes + 1, own + 2 * (lanes + 1), 0, 0};
+    FindDistinct(row_in.typed_data(), lanes, rows, i, number, parts[i]);
   });
+  int64_t first[dlrm::kMostParts + 1] = {};
+  for (int64_t i = 0; i < number; ++i) first[i + 1] = first[i] + parts[i].count;
+  dlrm::ParallelFor(pool, number, [&](int64_t i) {
+    std::copy_n(parts[i].distinct, parts[i].count, distinct + first[i]);
+    AddLanes(parts[i], grad.typed_data(), dim, total_out->typed_data() + first[i] * dim);
+  });
+  std::fill(distinct + first[number], distinct + distinct_out->element_count(), static_cast<int32_t>(rows));
+  *count_out->typed_data() = first[number];
   return ffi::Error::Success();
 }
 

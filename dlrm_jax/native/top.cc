@@ -2,7 +2,8 @@
 // to the loss, and back to all of its gradients. What is between never leaves the caches of the core that makes it.
 //
 // Products, packing and lanes are those of dense.cc. A lane goes through its examples slice by slice: forward, then
-// backward, panel by panel; then what the slice adds to the gradients of the kernels.
+// backward, panel by panel; then what the slice adds to the gradients of the kernels. A small batch is one slice of all
+// lanes, and the gradients of its kernels are made in one piece, instead of one for each lane and their sum.
 
 #include <cmath>
 #include <vector>
@@ -18,7 +19,11 @@ namespace {
 
 using namespace dlrm;
 
-constexpr int kTopScratch = 20, kTopSums = 21;  // of the uses of memory that a thread keeps
+constexpr int kTopWeights = 20, kTopSlice = 21, kTopSums = 22, kTopScratch = 23;  // of the uses of memory of a thread
+
+// Threads at most whose examples make up one slice: its gradients of kernels are cut into about three times as many pieces,
+// and what the others' caches hold is slow to read.
+constexpr int64_t kSharing = 4;
 
 // Parts of one piece of memory, each on a line of its own.
 struct Places {
@@ -32,11 +37,11 @@ struct Places {
 
 struct Layer {
   const float *kernel, *bias;  // [k, n], [n]
+  float *gkernel, *gbias;
   int64_t k, n;
-  // Where in a thread's memory: W^T and W, packed; h, [k, a slice]; g^T of a slice, by 64 features.
-  int64_t forward, backward, h, g;
-  // Where in a lane's sums: gradients of the kernel, [k, ld], and of the bias.
-  int64_t gkernel, gbias, ld;
+  int64_t forward, backward;      // where in the packed weights: W^T and W
+  int64_t h, g;                   // in the memory of a slice: h, [k, its examples], and g^T, by 64 features
+  int64_t gkernel_at, gbias_at;   // in the sums of a lane
 };
 
 template <typename T>
@@ -44,66 +49,79 @@ struct Call {
   const float *bottom, *vectors, *label, *weight, *logit_kernel;  // [bottom_rows, B], [B, columns], [B], [B], [last n]
   float logit_bias, total;
   float *gbottom, *gvectors;
-  int64_t bottom_rows, columns, examples, id;
+  int64_t bottom_rows, columns, examples;
   std::vector<Layer> layers;
-  // Where in a thread's memory: y of the last layer, [n, a slice]; the gradient before a layer's ReLU, by panels; packed
-  // panel; gradient of the vectors of a panel; what makes up the gradients of biases and logit kernel.
-  int64_t y, g, packed, gz, bias_sums, logit_sums, memory;
-  int64_t glogit_kernel, glogit_bias, loss, lane_size;  // where in a lane's sums
+  bool is_slice;  // whether the batch is one slice of all lanes; else each has a slice after another
+  int64_t lanes, slice_panels;
+  int64_t weights_size, slice_size;
+  int64_t glogit_kernel, glogit_bias, loss, lane_size;  // where in the sums of a lane
+  // Where in the memory of a thread: y of the last layer, [n, 64] by panels; the gradient before a layer's ReLU, likewise;
+  // packed panel; gradient of the vectors of a panel; what makes up the gradients of biases and logit kernel.
+  int64_t y, g, packed, gz, bias_sums, logit_sums, thread_size;
   int64_t widest;
 
   int64_t last() const { return layers.back().n; }
+  int64_t panels() const { return examples / kPanel; }
+  int64_t slice_words() const { return slice_panels * kPanelWords<T>; }
+  int64_t h_stride() const { return Stride(slice_words()); }
 };
 
 template <typename T>
-const int64_t kRow = Stride(kSliceWords<T>) * kPerWord<T>;  // elements from one row of a slice to the next
-
-template <typename T>
-void LayOut(Call<T>& call) {
-  Places memory, sums;
+void LayOut(Call<T>& call, int64_t threads) {
+  call.is_slice = call.examples <= std::min(threads, kSharing) * kSlice;
+  call.slice_panels = call.is_slice ? call.panels() : kSlicePanels;
+  call.lanes = GradientLanes(call.examples, threads);
+  Places weights, slice, sums, memory;
   int64_t words = 0;
   call.widest = 0;
   for (Layer& layer : call.layers) {
     const int64_t k_words = WordsOf<T>(layer.k), n_words = WordsOf<T>(layer.n);
     const int64_t rows = RoundUp(layer.k, Product<T>::kRowStep);
-    layer.ld = RoundUp(layer.n, kPanel);
-    layer.forward = memory.Add(RoundUp(layer.n, Product<T>::kRowStep) * Stride(k_words));
-    layer.backward = memory.Add(rows * Stride(n_words));
-    layer.h = memory.Add(rows * Stride(kSliceWords<T>));
-    layer.g = memory.Add(layer.ld * kSliceWords<T>);
-    layer.gkernel = sums.Add(rows * layer.ld);
-    layer.gbias = sums.Add(layer.n);
+    layer.forward = weights.Add(RoundUp(layer.n, Product<T>::kRowStep) * Stride(k_words));
+    layer.backward = weights.Add(rows * Stride(n_words));
+    layer.h = slice.Add(rows * call.h_stride());
+    layer.g = slice.Add(RoundUp(layer.n, kPanel) * call.slice_words());
+    layer.gkernel_at = sums.Add(call.is_slice ? 0 : layer.k * layer.n);
+    layer.gbias_at = sums.Add(layer.n);
     words = std::max({words, k_words, n_words});
     call.widest = std::max(call.widest, RoundUp(layer.n, 16));
   }
-  call.y = memory.Add(call.last() * Stride(kSliceWords<T>));
-  call.g = memory.Add(call.widest * kSliceWords<T>);
+  call.glogit_kernel = sums.Add(call.last());
+  call.glogit_bias = sums.Add(1);
+  call.loss = sums.Add(1);
+  call.weights_size = weights.size, call.slice_size = slice.size, call.lane_size = sums.size;
+  call.y = memory.Add(call.last() * kSlicePanels * kPanelWords<T>);
+  call.g = memory.Add(call.widest * kSlicePanels * kPanelWords<T>);
   call.packed = memory.Add(kPanel * words);
   call.gz = memory.Add(RoundUp(call.layers[0].k, 16) * kPanel);
   call.bias_sums = memory.Add(16 * call.widest * call.layers.size());
   call.logit_sums = memory.Add(16 * call.last());
-  call.memory = memory.size;
-  call.glogit_kernel = sums.Add(call.last());
-  call.glogit_bias = sums.Add(1);
-  call.loss = sums.Add(1);
-  call.lane_size = sums.size;
+  call.thread_size = memory.size;
+}
+
+// Writes, or adds with `start`, what so many panels of a slice make up of a kernel's gradient, [k, n]: 64 columns from n0 on.
+template <typename T>
+void AddKernelGradient(const Call<T>& call, const Product<T>& product, const Word* slice, const Layer& layer, int64_t n0,
+                       int64_t panels, bool start, float* gkernel) {
+  KernelGradient(product, slice + layer.h, call.h_stride(), slice + layer.g + n0 * call.slice_words(),
+                 panels * kPanelWords<T>, layer.k, layer.n, n0, start, gkernel);
 }
 
 // A lane at work in the memory of its thread.
 template <typename T>
 class Lane {
  public:
-  Lane(const Call<T>& call, float* out) : call_(call), memory_(Scratch<kTopScratch>(call.memory)), out_(out) {}
+  Lane(const Call<T>& call, const Word* weights, Word* slice, float* sums)
+      : call_(call), weights_(weights), slice_(slice), memory_(Scratch<kTopScratch>(call.thread_size)), sums_(sums) {}
 
-  // The panels [first, last). Layer by layer, so that a layer's weights stay in the second-level cache for a slice.
+  // The panels [first, last). Layer by layer, so that a layer's weights stay in the second-level cache.
   void Run(int64_t first, int64_t last) {
-    if (IsFirstOf(call_.id)) PackWeights();
     std::fill_n(Floats(call_.bias_sums), 16 * call_.widest * Layers(), 0.f);
     std::fill_n(Floats(call_.logit_sums), 16 * call_.last(), 0.f);
-    for (int64_t start = first; start < last; start += kSlicePanels) {
-      const int64_t panels = std::min(kSlicePanels, last - start);
+    for (start_ = first; start_ < last; start_ += kSlicePanels) {
+      const int64_t panels = std::min(kSlicePanels, last - start_);
       auto for_panels = [&](const auto& work) {
-        for (int64_t i = 0; i < panels; ++i) work(i, (start + i) * kPanel);
+        for (int64_t i = 0; i < panels; ++i) work(i, (start_ + i) * kPanel);
       };
       for_panels([&](int64_t i, int64_t example) { Join(i, example); });
       for (int64_t l = 0; l < Layers(); ++l) {
@@ -112,40 +130,36 @@ class Lane {
       for_panels([&](int64_t i, int64_t example) { Loss(i, example); });
       for (int64_t l = Layers() - 1; l >= 0; --l) {
         for_panels([&](int64_t i, int64_t example) { Backward(l, i, example); });
-        const Layer& layer = call_.layers[l];
-        AddKernelGradient(product_, memory_ + layer.h, memory_ + layer.g, panels, layer.k, layer.n, out_ + layer.gkernel,
-                          layer.ld, start > first);
+      }
+      for (const Layer& layer : call_.layers) {
+        for (int64_t n0 = 0; n0 < layer.n && !call_.is_slice; n0 += kPanel) {
+          AddKernelGradient(call_, product_, slice_, layer, n0, panels, start_ > first, sums_ + layer.gkernel_at);
+        }
       }
     }
-    for (int64_t l = 0; l < Layers(); ++l) SumRows(BiasSum(l, 0), call_.layers[l].n, out_ + call_.layers[l].gbias);
-    SumRows(Floats(call_.logit_sums), call_.last(), out_ + call_.glogit_kernel);
-    out_[call_.glogit_bias] = glogit_bias_;
-    out_[call_.loss] = loss_;
+    for (int64_t l = 0; l < Layers(); ++l) SumRows(BiasSum(l, 0), call_.layers[l].n, sums_ + call_.layers[l].gbias_at);
+    SumRows(Floats(call_.logit_sums), call_.last(), sums_ + call_.glogit_kernel);
+    sums_[call_.glogit_bias] = glogit_bias_;
+    sums_[call_.loss] = loss_;
   }
 
  private:
   int64_t Layers() const { return call_.layers.size(); }
   float* Floats(int64_t at) { return reinterpret_cast<float*>(memory_ + at); }
   float* BiasSum(int64_t l, int64_t row) { return Floats(call_.bias_sums) + 16 * (l * call_.widest + row); }
-  // A panel of what enters a layer or, with the number of layers, of the last one's y: a row for each feature.
-  T* Activations(int64_t l, int64_t i) {
-    return reinterpret_cast<T*>(memory_ + (l < Layers() ? call_.layers[l].h : call_.y)) + i * kPanel;
+  // The i-th panel of those at work, in the slice.
+  int64_t InSlice(int64_t i) const { return call_.is_slice ? start_ + i : i; }
+  // A row of a panel of what enters a layer or, with the number of layers, of the last one's y.
+  T* Activations(int64_t l, int64_t i, int64_t row) {
+    if (l == Layers()) return reinterpret_cast<T*>(memory_ + call_.y) + (i * call_.last() + row) * kPanel;
+    return reinterpret_cast<T*>(slice_ + call_.layers[l].h + row * call_.h_stride()) + InSlice(i) * kPanel;
   }
-  T* Gradient(int64_t i) { return reinterpret_cast<T*>(memory_ + call_.g + i * call_.widest * kPanelWords<T>); }
-
-  void PackWeights() {
-    for (const Layer& layer : call_.layers) {
-      PackTransposed<T>(layer.kernel, layer.k, layer.n, WordsOf<T>(layer.k), memory_ + layer.forward);
-      PackRows<T>(layer.kernel, layer.k, layer.n, WordsOf<T>(layer.n), memory_ + layer.backward);
-    }
-  }
+  T* Gradient(int64_t i) { return reinterpret_cast<T*>(memory_ + call_.g) + i * call_.widest * kPanel; }
 
   // Bottom and vectors under each other.
   void Join(int64_t i, int64_t example) {
-    T* z = Activations(0, i);
-    for (int64_t row = 0; row < call_.bottom_rows; ++row, z += kRow<T>) {
-      ConvertRow(call_.bottom + row * call_.examples + example, z);
-    }
+    int64_t z = 0;
+    for (; z < call_.bottom_rows; ++z) ConvertRow(call_.bottom + z * call_.examples + example, Activations(0, i, z));
     const float* vectors = call_.vectors + example * call_.columns;
     int64_t column = 0;
     for (; column + 16 <= call_.columns; column += 16) {
@@ -153,36 +167,30 @@ class Lane {
       for (int64_t e = 0; e < kPanel; e += 16) {
         Transpose16(reinterpret_cast<const Word*>(vectors) + e * call_.columns + column, call_.columns, turned + e, kPanel);
       }
-      for (int64_t c = 0; c < 16; ++c, z += kRow<T>) ConvertRow(reinterpret_cast<const float*>(turned) + c * kPanel, z);
+      for (int64_t c = 0; c < 16; ++c) {
+        ConvertRow(reinterpret_cast<const float*>(turned) + c * kPanel, Activations(0, i, z++));
+      }
     }
-    for (; column < call_.columns; ++column, z += kRow<T>) {
-      for (int64_t e = 0; e < kPanel; ++e) z[e] = Round<T>(vectors[e * call_.columns + column]);
+    for (; column < call_.columns; ++column, ++z) {
+      for (int64_t e = 0; e < kPanel; ++e) Activations(0, i, z)[e] = Round<T>(vectors[e * call_.columns + column]);
     }
   }
 
   void Forward(int64_t l, int64_t i) {
     const Layer& layer = call_.layers[l];
-    T* y = Activations(l + 1, i);
-    Multiply(Activations(l, i), kRow<T>, layer.k, layer.forward, layer.n, [&](int64_t row, const float* c) {
-      Activate<T, false>(c, layer.bias[row], nullptr, y + row * kRow<T>, nullptr, nullptr);
-    });
-  }
-
-  // The product of packed weights, [rows, k], and a panel, [k, 64] of `ld`, row by row.
-  template <typename Use>
-  void Multiply(const T* panel, int64_t ld, int64_t k, int64_t weights, int64_t rows, const Use& use) {
-    const int64_t words = WordsOf<T>(k);
-    PackPanel(panel, ld, k, words, memory_ + call_.packed);
-    ForRowsOfProduct(product_, memory_ + weights, words, memory_ + call_.packed, rows, use);
+    PackPanel(Activations(l, i, 0), call_.h_stride() * kPerWord<T>, layer.k, WordsOf<T>(layer.k), memory_ + call_.packed);
+    ForRowsOfProduct(product_, weights_ + layer.forward, WordsOf<T>(layer.k), memory_ + call_.packed, layer.n,
+                     [&](int64_t row, const float* c) {
+                       Activate<T, false>(c, layer.bias[row], nullptr, Activations(l + 1, i, row), nullptr, nullptr);
+                     });
   }
 
   // The loss, and the gradient by the last layer.
   void Loss(int64_t i, int64_t example) {
-    const T* y = Activations(Layers(), i);
     Vector logits[kVectors], x[kVectors];
     for (Vector& logit : logits) logit = Vector{} + call_.logit_bias;
     for (int64_t row = 0; row < call_.last(); ++row) {
-      LoadRow(y + row * kRow<T>, x);
+      LoadRow(Activations(Layers(), i, row), x);
       for (int v = 0; v < kVectors; ++v) logits[v] += call_.logit_kernel[row] * x[v];
     }
     alignas(64) float logit[kPanel];
@@ -198,7 +206,7 @@ class Lane {
     LoadRow(logit, glogit);
     for (int64_t row = 0; row < call_.last(); ++row) {
       Vector total = {};
-      LoadRow(y + row * kRow<T>, x);
+      LoadRow(Activations(Layers(), i, row), x);
       for (int v = 0; v < kVectors; ++v) {
         total += glogit[v] * x[v];
         x[v] = call_.logit_kernel[row] * glogit[v];
@@ -212,7 +220,7 @@ class Lane {
   // A row of the gradient by a layer's y, which becomes that before the ReLU.
   void ThroughRelu(int64_t l, int64_t row, int64_t i, Vector* g) {
     Vector y[kVectors], total = {};
-    LoadRow(Activations(l + 1, i) + row * kRow<T>, y);
+    LoadRow(Activations(l + 1, i, row), y);
     for (int v = 0; v < kVectors; ++v) {
       g[v] = y[v] > 0 ? g[v] : Vector{};
       total += g[v];
@@ -223,9 +231,11 @@ class Lane {
 
   void Backward(int64_t l, int64_t i, int64_t example) {
     const Layer& layer = call_.layers[l];
-    TransposePanel(Gradient(i), layer.n, i, memory_ + layer.g);
+    const int64_t words = WordsOf<T>(layer.n);
+    TransposePanel(Gradient(i), layer.n, InSlice(i), slice_ + layer.g, call_.slice_words());
+    PackPanel(Gradient(i), kPanel, layer.n, words, memory_ + call_.packed);
     Vector x[kVectors];
-    Multiply(Gradient(i), kPanel, layer.n, layer.backward, layer.k, [&](int64_t row, const float* c) {
+    auto use = [&](int64_t row, const float* c) {
       LoadRow(c, x);
       if (l > 0) {
         ThroughRelu(l - 1, row, i, x);
@@ -234,7 +244,8 @@ class Lane {
       } else {
         StoreRow(x, Floats(call_.gz) + (row - call_.bottom_rows) * kPanel);
       }
-    });
+    };
+    ForRowsOfProduct(product_, weights_ + layer.backward, words, memory_ + call_.packed, layer.k, use);
     if (l == 0) PutVectors(call_.gvectors + example * call_.columns);
   }
 
@@ -254,11 +265,39 @@ class Lane {
   }
 
   const Call<T>& call_;
-  Word* memory_;
-  float* out_;
+  const Word* weights_;
+  Word *slice_, *memory_;
+  float* sums_;
+  int64_t start_ = 0;
   const Product<T> product_{};
   float loss_ = 0, glogit_bias_ = 0;
 };
+
+// A layer, and which 64 of its features.
+struct Piece {
+  const Layer* layer;
+  int64_t first;
+};
+
+std::vector<Piece> PiecesOf(const std::vector<Layer>& layers, int64_t Layer::*features) {
+  std::vector<Piece> pieces;
+  for (const Layer& layer : layers) {
+    for (int64_t first = 0; first < layer.*features; first += kPanel) pieces.push_back({&layer, first});
+  }
+  return pieces;
+}
+
+// The weights as A of the products. Both forms at once: what was just read is read fast.
+template <typename T>
+void PackWeights(ffi::ThreadPool& pool, const std::vector<Layer>& layers, Word* weights) {
+  const std::vector<Piece> pieces = PiecesOf(layers, &Layer::k);
+  ParallelFor(pool, pieces.size(), [&](int64_t i) {
+    const auto& [layer, from] = pieces[i];
+    const int64_t to = std::min(layer->k, from + kPanel);
+    PackRows<T>(layer->kernel, layer->n, from, to, weights + layer->backward);
+    PackTransposed<T>(layer->kernel, layer->k, layer->n, from, to, weights + layer->forward);
+  });
+}
 
 // Arguments: the bottom's output [K, B], vectors [B, ...], label, weight, total, logit kernel and bias, then kernel and
 // bias of each layer. Results: the loss, then gradients in the same order, but of label, weight and total. B is whole panels.
@@ -269,25 +308,35 @@ ffi::Error Top(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets
   Call<T> call{Data<float>(in(0)), Data<float>(in(1)), Data<float>(in(2)), Data<float>(in(3)), Data<float>(in(5)),
                *Data<float>(in(6)), *Data<float>(in(4)), out(1), out(2)};
   call.bottom_rows = in(0).dimensions()[0], call.examples = in(0).dimensions()[1];
-  call.columns = in(1).element_count() / call.examples, call.id = NewCall();
+  call.columns = in(1).element_count() / call.examples;
   for (size_t i = 7; i < args.size(); i += 2) {
-    call.layers.push_back({Data<float>(in(i)), Data<float>(in(i + 1)), in(i).dimensions()[0], in(i).dimensions()[1]});
+    call.layers.push_back({Data<float>(in(i)), Data<float>(in(i + 1)), out(i - 2), out(i - 1), in(i).dimensions()[0],
+                           in(i).dimensions()[1]});
   }
-  LayOut(call);
-  const int64_t panels = call.examples / kPanel, lanes = GradientLanes(call.examples, pool.num_threads());
-  float* sums = reinterpret_cast<float*>(Scratch<kTopSums>(lanes * call.lane_size));
-  ParallelFor(pool, lanes, [&](int64_t lane) {
-    Lane<T>(call, sums + lane * call.lane_size).Run(LaneStart(lane, lanes, panels), LaneStart(lane + 1, lanes, panels));
+  LayOut(call, std::max<int64_t>(1, pool.num_threads()));
+  Word* weights = Scratch<kTopWeights>(call.weights_size);
+  float* sums = reinterpret_cast<float*>(Scratch<kTopSums>(call.lanes * call.lane_size));
+  PackWeights<T>(pool, call.layers, weights);
+  Word* slice = call.is_slice ? Scratch<kTopSlice>(call.slice_size) : nullptr;
+  ParallelFor(pool, call.lanes, [&](int64_t i) {
+    Lane<T> lane(call, weights, slice ? slice : Scratch<kTopSlice>(call.slice_size), sums + i * call.lane_size);
+    lane.Run(LaneStart(i, call.lanes, call.panels()), LaneStart(i + 1, call.lanes, call.panels()));
   });
-  auto sum = [&](int64_t at, int64_t n, float* out) { SumLanes(sums + at, lanes, call.lane_size, n, out); };
+  auto sum = [&](int64_t at, int64_t n, float* out) { SumLanes(sums + at, call.lanes, call.lane_size, n, out); };
+  const std::vector<Piece> pieces = PiecesOf(call.layers, call.is_slice ? &Layer::n : &Layer::k);
+  ParallelFor(pool, pieces.size(), [&](int64_t i) {
+    const auto& [layer, first] = pieces[i];
+    if (call.is_slice) {
+      AddKernelGradient(call, Product<T>(), slice, *layer, first, call.panels(), false, layer->gkernel);
+    } else {
+      const int64_t n = layer->n, rows = std::min(kPanel, layer->k - first);
+      sum(layer->gkernel_at + first * n, rows * n, layer->gkernel + first * n);
+    }
+  });
   sum(call.loss, 1, out(0));
   sum(call.glogit_kernel, call.last(), out(3));
   sum(call.glogit_bias, 1, out(4));
-  for (size_t l = 0; l < call.layers.size(); ++l) {
-    const Layer& layer = call.layers[l];
-    SumKernelGradients(pool, sums + layer.gkernel, lanes, call.lane_size, layer.k, layer.n, layer.ld, out(5 + 2 * l));
-    sum(layer.gbias, layer.n, out(6 + 2 * l));
-  }
+  for (const Layer& layer : call.layers) sum(layer.gbias_at, layer.n, layer.gbias);
   return ffi::Error::Success();
 }
 
