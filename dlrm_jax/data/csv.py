@@ -105,7 +105,6 @@ def index_csv(path: str, on_bad_row: str, native: bool = True) -> CsvFile:
     counts = [_pread(descriptor, at, min(BLOCK, size - at)).count(b'\n') for at in range(0, size, BLOCK)]
     newlines = np.cumsum([0, *counts], dtype=np.int64)
     rows = int(newlines[-1]) + (_pread(descriptor, size - 1, 1) != b'\n')
-    # The kernels are loaded here, since several threads read at once.
     indexed = CsvFile(path, size, rows, newlines, native and build.load().ready)
     head = _pread(descriptor, 0, indexed._offset(descriptor, min(CHECKED_LINES, rows)))
     begin = indexed._offset(descriptor, rows - 1)

@@ -13,6 +13,8 @@ import pyarrow as pa
 
 from dlrm_jax.data.schema import CATEGORIES, DENSE_MIN, DENSE_RANGE, INTEGERS, MISSING, DataSpec
 from dlrm_jax.embeddings.hashing import fingerprint64, fingerprint64_strings
+from dlrm_jax.native import build
+from dlrm_jax.native import encode as native
 from dlrm_jax.structs import Batch
 
 DENSE = slice(1, 1 + len(INTEGERS))
@@ -99,14 +101,25 @@ def spread(columns: Columns, good: np.ndarray) -> Columns:
 def encode(columns: Columns, spec: DataSpec, out: np.ndarray | None = None) -> np.ndarray:
   """Packed rows `u32[N, width]`, in `out` if given: of weight 1, a missing integer 0; bad rows are all 0."""
   rows = np.empty((len(columns.label), width(spec.keys)), np.uint32) if out is None else out
+  transform, zero = TRANSFORMS[spec.dense_transform]
+  integers = [
+    transform(np.where(columns.missing & (1 << i), np.float32(zero[i]), column) if zero[i] else column, i)
+    for i, column in enumerate(columns.integers)
+  ]
+  if spec.native and build.load().ready:
+    native.pack(columns.label, integers, columns.hashes, spec.buckets, columns.good, rows)
+  else:
+    _pack(columns, integers, spec, rows)
+  return rows
+
+
+def _pack(columns: Columns, integers: Sequence[np.ndarray], spec: DataSpec, rows: np.ndarray) -> None:
+  """What `native.pack` does, with numpy."""
   floats = rows.view(np.float32)
   floats[:, 0] = columns.label
   floats[:, WEIGHT] = 1
-  transform, zero = TRANSFORMS[spec.dense_transform]
-  for i, column in enumerate(columns.integers):
-    if zero[i]:
-      column = np.where(columns.missing & (1 << i), np.float32(zero[i]), column)
-    floats[:, DENSE.start + i] = transform(column, i)
+  for i, column in enumerate(integers, DENSE.start):
+    floats[:, i] = column
   quotient = np.empty(len(rows), np.uint64)
   for i, (hashes, buckets) in enumerate(zip(columns.hashes, spec.buckets, strict=True), BUCKET.start):
     # numpy divides by a constant with SIMD multiplications; its remainder does not, and takes twice as long as this.
@@ -120,7 +133,6 @@ def encode(columns: Columns, spec: DataSpec, out: np.ndarray | None = None) -> n
       rows[:, at : at + 2] = hashes.astype('<u8', copy=False).view('<u4').reshape(-1, 2)
   if not columns.good.all():
     rows[~columns.good] = 0
-  return rows
 
 
 def to_batch(rows: np.ndarray, size: int) -> Batch:

@@ -39,7 +39,7 @@ class DataSpec:
     threads: threads that parse ahead; 0 parses when rows are needed.
     buckets: rows of each of the 26 categories' tables.
     keys: whether batches carry the whole fingerprints of the categories, too.
-    native: whether C++ may parse CSV.
+    native: whether C++ may parse CSV and pack rows.
   """
 
   location: str

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,9 @@ TARGETS = {
 }
 
 
+_LOCK = threading.Lock()
+
+
 class BuildError(RuntimeError):
   """The kernels cannot be had; the message is one line."""
 
@@ -62,13 +66,15 @@ def choose(wanted: bool) -> Native:
 
 
 def load() -> Native:
-  """Builds the kernels if need be and makes them known to XLA, once in a process."""
-  return _load()[0]
+  """Builds the kernels if need be and makes them known to XLA, once in a process; from any thread."""
+  with _LOCK:
+    return _load()[0]
 
 
 def library() -> ctypes.CDLL | None:
   """What `load` loads, for what is called without XLA; None if it cannot be had."""
-  return _load()[1]
+  with _LOCK:
+    return _load()[1]
 
 
 @functools.cache

@@ -7,7 +7,7 @@ from dlrm_jax.data.index import FileIndex
 
 
 class Numbers:
-  """Stands for a file: rows whose label is the number of the row."""
+  """Stands for a file: rows whose I1 is the number of the row."""
 
   def __init__(self, rows, bad=()):
     self.rows = rows
@@ -18,8 +18,9 @@ class Numbers:
     self.reads.append((start, stop))
     number = np.arange(start, stop)
     zeros = np.zeros(stop - start)
-    integers, missing, hashes = [zeros.astype(np.float32)] * 13, zeros.astype(np.uint16), [zeros.astype(np.uint64)] * 26
-    return Columns(number, integers, missing, hashes, ~np.isin(number, self.bad))
+    integers = [values.astype(np.float32) for values in (number, *[zeros] * 12)]
+    missing, hashes = zeros.astype(np.uint16), [zeros.astype(np.uint64)] * 26
+    return Columns(zeros.astype(np.uint8), integers, missing, hashes, ~np.isin(number, self.bad))
 
 
 def counted(rows, bad=()):
@@ -28,5 +29,5 @@ def counted(rows, bad=()):
 
 
 def numbers(batch):
-  """Numbers of a batch's rows, padding left out."""
-  return [int(n) for n in batch.label[batch.weight == 1]]
+  """Numbers of a batch's rows, padding left out. They went through the transform log."""
+  return np.rint(np.expm1(batch.dense[batch.weight == 1, 0])).astype(int).tolist()
