@@ -88,5 +88,9 @@ def peer_rows(args: argparse.Namespace, arrays: Path) -> Iterator[Row]:
 def loader_rows(args: argparse.Namespace) -> dict[str, Callable[[], Loaded]]:
   """The loader alone."""
   load = functools.partial(functools.partial, common.in_process, measurements.load, args.data, args.buckets)
-  two = {'loader, two threads': load(2)} if common.CORES > 1 else {}
-  return {'loader, one thread': load(1), **two, 'loader, one thread, data.cache': load(1, True)}
+  return {
+    f'loader, {threads}{", data.cache" if cache else ""}': load(cores, cache)
+    for cache in (False, True)
+    for cores, threads in ((1, 'one thread'), (2, 'two threads'))
+    if cores <= common.CORES
+  }
