@@ -110,5 +110,5 @@ def fail(error: BaseException, code: int) -> int:
 
 
 if __name__ == '__main__':
-  memory.restart_with_huge_pages()
+  memory.restart_with_settings()
   sys.exit(main(sys.argv))

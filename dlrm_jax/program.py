@@ -7,10 +7,12 @@ from typing import Any
 
 import optax
 
+from dlrm_jax.embeddings.adaptive import Adaptive
 from dlrm_jax.embeddings.admission import ADMISSIONS
-from dlrm_jax.embeddings.kinds import Adaptive, Dynamic, Static
+from dlrm_jax.embeddings.dynamic import Dynamic
 from dlrm_jax.embeddings.layout import TableLayout, static_layout
 from dlrm_jax.embeddings.multi_hash import multi_hash
+from dlrm_jax.embeddings.static import Static
 from dlrm_jax.embeddings.update import UPDATES
 from dlrm_jax.model import layers
 from dlrm_jax.model.dlrm import DLRM

@@ -17,8 +17,8 @@ from jax import Array
 from dlrm_jax.data.schema import CATEGORIES
 from dlrm_jax.embeddings import directory as directories
 from dlrm_jax.embeddings import width
-from dlrm_jax.embeddings.dynamic import make_table
 from dlrm_jax.embeddings.eviction import EVICTIONS, evict_ids, least_recent
+from dlrm_jax.embeddings.first_values import make_table
 from dlrm_jax.embeddings.layout import TableLayout
 from dlrm_jax.native.rows import xla_write
 from dlrm_jax.program import Program

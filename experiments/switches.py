@@ -24,7 +24,6 @@ from experiments.benchmark_tables import spread
 from experiments.measurements import Rates
 
 DEFAULTS = 'defaults'
-MALLOC_CONF = 'background_thread:true,metadata_thp:auto,dirty_decay_ms:20000,muzzy_decay_ms:20000'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +38,7 @@ class Switch:
 
 def switches(batch_size: int) -> list[Switch]:
   """The defaults, and then one change each."""
-  jemalloc, with_huge_pages = ({'MALLOC_CONF': conf} for conf in (MALLOC_CONF, f'{MALLOC_CONF},thp:always'))
+  jemalloc, with_huge_pages = ({memory.CONF: conf} for conf in (memory.KEPT, f'{memory.KEPT},thp:always'))
   return [
     Switch(DEFAULTS),
     Switch('native off', {'native': False}),

@@ -17,7 +17,7 @@ from dlrm_jax import spec as specs
 from dlrm_jax.checkpoint.full import CheckpointError, first_line
 from dlrm_jax.data.schema import CATEGORIES
 from dlrm_jax.embeddings import directory as directories
-from dlrm_jax.embeddings.kinds import shared_name
+from dlrm_jax.embeddings.adaptive import shared_name
 from dlrm_jax.embeddings.layout import TableLayout, static_layout
 from dlrm_jax.embeddings.multi_hash import parts_of
 from dlrm_jax.structs import Directory

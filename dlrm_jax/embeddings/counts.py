@@ -7,7 +7,7 @@ from jaxtyping import Bool, UInt32
 
 from dlrm_jax.embeddings.admission import Resolved
 from dlrm_jax.embeddings.directory import Ids
-from dlrm_jax.embeddings.dynamic import CHUNK, take
+from dlrm_jax.embeddings.first_values import CHUNK, take
 from dlrm_jax.structs import Counts
 
 

@@ -1,79 +1,249 @@
-"""First values of the rows of embedding variables."""
+"""Embedding variables: tables in which ids get rows when they come."""
 
-from collections.abc import Callable
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
-from jax.extend.random import threefry2x32_p
-from jaxtyping import Float, Int32
+from jaxtyping import Bool, Float, Int32
 
-from dlrm_jax.embeddings.directory import Ids
-from dlrm_jax.native.rows import XLA, RowKernels
-from dlrm_jax.optim import bits
-from dlrm_jax.optim.rowwise import init_slots, join, split
-from dlrm_jax.structs import Table
+from dlrm_jax.embeddings import exchange, tables
+from dlrm_jax.embeddings.admission import Admission, Resolved
+from dlrm_jax.embeddings.counts import admitted_of, lookups_of, no_counts
+from dlrm_jax.embeddings.directory import (
+  PAGE_ROWS,
+  WHOLE,
+  Ids,
+  Shard,
+  Times,
+  find,
+  make_directory,
+  owned,
+  rows_of,
+  whole_pages,
+)
+from dlrm_jax.embeddings.first_values import initial_vectors, make_table, start_rows, take
+from dlrm_jax.embeddings.layout import TableLayout
+from dlrm_jax.embeddings.static import Found, Static, Tables, Vocabularies
+from dlrm_jax.embeddings.width import blocks_of, make_widths, mask
+from dlrm_jax.sharding import Axis, after
+from dlrm_jax.spec import COLUMNS
+from dlrm_jax.structs import Batch, Counts, Directory, Table, Vocabulary
 
-CHUNK = 1024  # rows that are begun at once
-
-
-def make_table(rows: int, dim: int, tx: optax.GradientTransformation, dtype: str = 'float32') -> Table:
-  """The table of an empty directory. Its rows are dead until they are claimed, so they may as well be zero."""
-  value = jnp.zeros((rows, dim), jnp.uint16 if dtype == 'bfloat16' else jnp.float32)
-  return Table(value=value, slots=init_slots(tx, value), scratch=jnp.zeros(rows, jnp.int32))
-
-
-def initial_vectors(seed: int, ids: Ids, dim: int) -> Float[Array, 'N D']:
-  """Normal with standard deviation 1/sqrt(dim), cut at two of them: a function of (seed, feature, key) alone."""
-  # Threefry is keyed with the seed and what is drawn, and counts in keys: equal numbers only for equal ids.
-  pairs = (len(ids.feature), -(-dim // 2))
-  draw = ids.feature[:, None] + FEATURE_STRIDE * jnp.arange(pairs[1], dtype=jnp.uint32)[None]
-  low, high = (jnp.broadcast_to(ids.key[:, half, None], pairs) for half in (0, 1))
-  words = threefry2x32_p.bind(jnp.full(pairs, seed, jnp.uint32), draw, low, high)
-  random = jnp.stack(words, axis=2).reshape(pairs[0], -1)[:, :dim]
-  uniform = ((random >> 8).astype(jnp.float32) + 0.5) / (1 << 24)  # in (0, 1)
-  edge = jax.lax.erf(jnp.float32(2**0.5))  # erf(2 / sqrt(2))
-  return jax.lax.erf_inv((2 * uniform - 1) * edge) * (2 / dim) ** 0.5
+# (table, known, ids, times, seeds) -> (table, known, Resolved): see `Dynamic.claimed`.
+Claim = Callable[[Table, Vocabulary, Ids, Times, Sequence[Array]], tuple[Table, Vocabulary, Resolved]]
 
 
-FEATURE_STRIDE = 1 << 16
+@dataclasses.dataclass(frozen=True)
+class Dynamic(Static):
+  """Embedding variables: a row for every id that is admitted. Of `layout`, only the columns count."""
+
+  admission: Admission
+
+  def init(self) -> tuple[Tables, Vocabularies]:
+    """See `Static.init`."""
+    known = {name: self.vocabulary(name, self.first_rows(name)) for name in self.layout}
+    own = {
+      name: make_table(rows_of(vocabulary.directory), self.spec.dim, self.tx, self.spec.dtype)
+      for name, vocabulary in known.items()
+    }
+    return own, known
+
+  def first_rows(self, name: str) -> int:
+    """Rows of a table at the start, of all devices together."""
+    return whole_pages(max(self.spec.rows * len(self.layout[name].columns) // COLUMNS, 1))
+
+  def parts(self, name: str) -> int:
+    """See `Static.parts`. Growth doubles it."""
+    return math.gcd(self.first_rows(name) // PAGE_ROWS, self.admission.parts)
+
+  def vocabulary(self, name: str, rows: int) -> Vocabulary:
+    """A device's part of an empty one of so many rows."""
+    devices, width = self.axis.size if self.is_cut(name) else 1, self.spec.width
+    directory = make_directory(rows // devices)
+    widths = make_widths(directory, width.blocks) if width.name == 'dynamic' else ()
+    counts = no_counts(len(self.layout[name].columns))
+    return Vocabulary(directory=directory, filter=self.admission.init(devices), widths=widths, counts=counts)
+
+  def shard(self, name: str) -> Shard:
+    """Which part of a directory this device has."""
+    return Shard(self.axis.index(), self.axis.size) if self.is_cut(name) else WHOLE
+
+  def resolve(
+    self, tables_: Tables, known: Vocabularies, batch: Batch, step: Int32[Array, '']
+  ) -> tuple[Tables, Vocabularies, Found]:
+    """See `Static.resolve`."""
+    tables_, known, rows, all_ = dict(tables_), dict(known), {}, self.everyones(batch)
+    sent = self.sent(() if all(map(self.is_routed, self.layout)) else all_.weight)
+    for name in self.layout:
+      old, seeds = known[name], self.seeds(name, tables_, batch, sent)
+      claim = functools.partial(self.claimed, name, step, functools.partial(self.begin, name, tables_))
+      if self.is_routed(name):
+        own = batch.replace(key=after(batch.key, (sent, seeds)))
+        tables_[name], new, rows[name] = self.resolve_routed(name, tables_[name], old, own, seeds, claim)
+        known[name] = together(self.axis, old, new)
+        sent = known[name].counts.lookups
+      else:
+        seeds = self.axis.gather(seeds)
+        tables_[name], new, rows[name] = self.resolve_everyones(name, tables_[name], old, all_, seeds, claim)
+        known[name] = together(self.axis, old, new) if self.is_cut(name) else new
+        sent = (sent, self.sent(seeds))
+    return tables_, known, self.found(known, batch, rows, sent)
+
+  def sent(self, arrays: Any) -> Any:
+    """What the next loop waits for; () where devices send nothing in loops."""
+    return arrays if self.takes_turns else ()
+
+  def resolve_everyones(
+    self, name: str, table: Table, known: Vocabulary, batch: Batch, seeds: Sequence[Array], claim: Claim
+  ) -> tuple[Table, Vocabulary, Int32[Array, 'B columns']]:
+    """A table, what it knows and the rows in it, where every device sees the lookups of all. So are batch and seeds."""
+    columns = self.layout[name].columns
+    ids, wanted = wanted_ids(batch, self.layout[name])
+    wanted &= owned(ids, self.shard(name))
+    table, known, found = claim(table, known, ids, wanted, seeds)
+    known = with_lookups(known, lookups_of(len(columns), wanted, found.refused, found.unplaced))
+    return table, known, found.row.reshape(-1, len(columns))
+
+  def resolve_routed(
+    self, name: str, table: Table, known: Vocabulary, batch: Batch, seeds: Sequence[Array], claim: Claim
+  ) -> tuple[Table, Vocabulary, exchange.Route]:
+    """A table, what it knows and the way to its rows, where a device sees the lookups of its own ids."""
+    columns, none = self.layout[name].columns, rows_of(known.directory)
+    ids, wanted = wanted_ids(batch, self.layout[name])
+    way, distinct = exchange.route_ids(self.axis, ids, wanted, len(columns), self.exchanges)
+
+    def answer(state: tuple[Table, Vocabulary], received: list[Array]) -> tuple[Any, Array]:
+      key, feature, times, *seeds = received
+      table, known, found = claim(*state, Ids(key, feature), times, seeds)
+      # Two numbers past the last row say why there is none.
+      return (table, known), jnp.where(found.unplaced, none + 1, jnp.where(found.refused, none, found.row))
+
+    sent = *take(ids, distinct.lane), distinct.times, *(seed[distinct.lane] for seed in seeds)
+    nobody, sent = jnp.full_like(way.row, none), [(part, 0) for part in sent]
+    (table, known), row = exchange.hand_over(self.axis, way, sent, (table, known), answer, nobody, self.exchanges)
+    said = exchange.by_lookup(way, row, none).reshape(-1)
+    known = with_lookups(known, lookups_of(len(columns), wanted, wanted & (said == none), said == none + 1))
+    return table, known, way._replace(row=jnp.minimum(row, none))
+
+  def claimed(
+    self,
+    name: str,
+    step: Int32[Array, ''],
+    begin: Callable[..., Array],
+    table: Table,
+    known: Vocabulary,
+    ids: Ids,
+    times: Times,
+    seeds: Sequence[Array],
+  ) -> tuple[Table, Vocabulary, Resolved]:
+    """Rows of this device's ids, with first vectors where they are new."""
+    shard = self.shard(name)
+    directory, remembered, found = self.admission.resolve(known.directory, known.filter, ids, times, step, shard)
+    initial = lambda lane: begin(*(part.at[lane].get(mode='fill', fill_value=0) for part in (*ids, *seeds)))
+    table = start_rows(self.tx, table, found.row, found.fresh, found.count, initial, self.rows)
+    admitted = known.counts.admitted + admitted_of(self.layout[name].columns, ids, found)
+    counts = known.counts.replace(admitted=admitted)
+    return table, known.replace(directory=directory, filter=remembered, counts=counts), found
+
+  def seeds(self, name: str, tables_: Tables, batch: Batch, sent: Any) -> tuple[Array, ...]:
+    """What `begin` needs besides the ids, by this device's lookups, to be asked for after what was sent: [N, ...]."""
+    return ()
+
+  def begin(self, name: str, tables_: Tables, key: Array, feature: Array) -> Float[Array, 'K D']:
+    """First vectors of ids."""
+    return initial_vectors(self.seed, Ids(key, feature), self.spec.dim)
+
+  def find(self, known: Vocabularies, batch: Batch) -> Found:
+    """See `Static.find`."""
+    rows, all_ = {}, self.everyones(batch)
+    sent = self.sent(() if all(map(self.is_routed, self.layout)) else all_.weight)
+    for name, table in self.layout.items():
+      if self.is_routed(name):
+        own = batch.replace(key=after(batch.key, sent))
+        rows[name] = self.find_routed(name, known[name].directory, own)
+        sent = rows[name].row
+      else:
+        ids, wanted = wanted_ids(all_, table)
+        row = find(known[name].directory, ids, wanted, self.directories, self.shard(name))
+        rows[name] = row.reshape(-1, len(table.columns))
+    return self.found(known, batch, rows, sent)
+
+  def find_routed(self, name: str, directory: Directory, batch: Batch) -> exchange.Route:
+    """The way to the rows in a table, see `resolve_routed`."""
+    columns, none = self.layout[name].columns, rows_of(directory)
+    ids, wanted = wanted_ids(batch, self.layout[name])
+    way, distinct = exchange.route_ids(self.axis, ids, wanted, len(columns), self.exchanges)
+
+    def look(state: tuple[()], received: list[Array]) -> tuple[Any, Array]:
+      key, feature, times = received
+      return state, find(directory, Ids(key, feature), times > 0, self.directories, self.shard(name))
+
+    sent = [(part, 0) for part in (*take(ids, distinct.lane), distinct.times)]
+    _, row = exchange.hand_over(self.axis, way, sent, (), look, jnp.full_like(way.row, none), self.exchanges)
+    return way._replace(row=row)
+
+  def found(self, known: Vocabularies, batch: Batch, rows: dict[str, Any], sent: Any) -> Found:
+    """What the own rows of a batch's lookups come to, after what was sent."""
+    if self.spec.width.name == 'full':
+      return Found(rows).after(sent)
+    most = self.spec.width.blocks
+    # An id without a row lacks no block, nor does one for the devices that do not have its row.
+    lacks = {}
+    for name, where in rows.items():
+      blocks = functools.partial(blocks_of, known[name].directory, known[name].widths)
+      lack = lambda row, blocks=blocks: (most - blocks(row.reshape(-1))).reshape(*row.shape, 1).astype(jnp.float32)
+      where = exchange.in_turn(where, sent)
+      lacks[name] = self.ask(name, where, rows_of(known[name].directory), lack)[..., 0]
+      sent = lacks[name] if isinstance(where, exchange.Route) else sent
+    blocks = most - tables.in_order(self.layout, lacks).astype(jnp.int32)
+    width = mask(blocks.reshape(-1), most, self.spec.dim)
+    return Found(rows, width.reshape(*blocks.shape, self.spec.dim)).after(sent)
+
+  def lookup(self, tables_: Tables, found: Found) -> Float[Array, 'B 26 D']:
+    """See `Static.lookup`."""
+    return masked(super().lookup(tables_, found), found.mask)
+
+  def update(self, tables_: Tables, found: Found, gradient: Float[Array, 'B 26 D'], step: Int32[Array, '']) -> Tables:
+    """See `Static.update`."""
+    return tables_ | super().update(tables_, found, masked(gradient, found.mask), step)
 
 
-def start_rows(
-  tx: optax.GradientTransformation,
-  table: Table,
-  row: Int32[Array, 'N'],
-  fresh: Int32[Array, 'N'],
-  count: Int32[Array, ''],
-  initial: Callable[[Int32[Array, 'K']], Float[Array, 'K D']],
-  kernels: RowKernels = XLA,
-) -> Table:
-  """The table with first values and slots in the rows of the first `count` of the `fresh` lanes.
-
-  Args:
-    tx: what the table's slots come from.
-    table: donate it, or it is copied. Costs time for the new rows alone.
-    row, fresh, count: as `admission.Resolved` has them.
-    initial: lanes -> their first vectors. What it gives for lanes past the end is not used.
-    kernels: what writes rows.
-  """
-  lanes = jnp.pad(fresh, (0, -len(fresh) % CHUNK), constant_values=len(row))
-  per_row, shared = split((table.value, table.slots))  # slots that a whole table shares go on
-
-  def start(i: Array, per_row: Any) -> Any:
-    lane = jax.lax.dynamic_slice_in_dim(lanes, i * CHUNK, CHUNK)
-    vectors = initial(lane)
-    new, _ = split((vectors, tx.init(vectors)))
-    new = jax.tree.map(lambda new, old: bits.to_nearest(new) if old.dtype == jnp.uint16 else new, new, per_row)
-    at = row.at[lane].get(mode='fill', fill_value=table.value.shape[0])
-    return kernels.write(per_row, at, new)
-
-  value, slots = join(jax.lax.fori_loop(0, (count + CHUNK - 1) // CHUNK, start, per_row), shared)
-  return table.replace(value=value, slots=slots)
+def wanted_ids(batch: Batch, table: TableLayout) -> tuple[Ids, Bool[Array, 'N']]:
+  """The ids of a batch's lookups in a table, examples one after another, and which of these are no padding."""
+  columns = jnp.array(table.columns, jnp.uint32)
+  key = batch.key if len(table.columns) == batch.key.shape[1] else batch.key[:, list(table.columns)]
+  ids = Ids(key.reshape(-1, 2), jnp.tile(columns, batch.weight.shape[0]))
+  return ids, jnp.repeat(batch.weight > 0, len(table.columns))
 
 
-def take(ids: Ids, lane: Int32[Array, 'K']) -> Ids:
-  """The ids of some lanes; zeros past the end."""
-  return Ids(*(part.at[lane].get(mode='fill', fill_value=0) for part in ids))
+def with_lookups(known: Vocabulary, more: Counts) -> Vocabulary:
+  """With these counted too."""
+  return known.replace(counts=jax.tree.map(jnp.add, known.counts, more))
+
+
+def together(axis: Axis, old: Vocabulary, new: Vocabulary) -> Vocabulary:
+  """What the devices, each of which looked at its own ids, know of all of them."""
+  directories = [new.directory, new.filter] if isinstance(new.filter, Directory) else [new.directory]
+  before = [old.directory, old.filter][: len(directories)]
+  more = axis.sum((
+    [directory.used - then.used for directory, then in zip(directories, before, strict=True)],
+    jax.tree.map(jnp.subtract, new.counts, old.counts),
+  ))  # fmt: skip
+  directories = [
+    directory.replace(used=then.used + used) for directory, then, used in zip(directories, before, more[0], strict=True)
+  ]
+  return new.replace(
+    directory=directories[0],
+    filter=directories[1] if len(directories) > 1 else new.filter,
+    counts=jax.tree.map(jnp.add, old.counts, more[1]),
+  )
+
+
+def masked(vectors: Float[Array, 'B F D'], mask: Any) -> Float[Array, 'B F D']:
+  """Vectors, or gradients, where the mask is 1."""
+  return vectors * mask if isinstance(mask, Array) else vectors

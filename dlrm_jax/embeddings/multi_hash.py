@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int32, UInt32
 
-from dlrm_jax.embeddings.kinds import Found, Static, Tables, Vocabularies
 from dlrm_jax.embeddings.layout import static_layout
+from dlrm_jax.embeddings.static import Found, Static, Tables, Vocabularies
 from dlrm_jax.spec import COLUMNS, EmbeddingSpec
 from dlrm_jax.structs import Batch
 

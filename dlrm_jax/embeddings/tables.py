@@ -7,7 +7,7 @@ import optax
 from jax import Array
 
 from dlrm_jax.embeddings.directory import Ids
-from dlrm_jax.embeddings.dynamic import initial_vectors
+from dlrm_jax.embeddings.first_values import initial_vectors
 from dlrm_jax.embeddings.layout import TableLayout
 from dlrm_jax.optim import bits
 from dlrm_jax.optim.rowwise import init_slots

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from dlrm_jax.embeddings import directory as directories
 from dlrm_jax.embeddings.directory import Ids
-from dlrm_jax.embeddings.dynamic import initial_vectors
 from dlrm_jax.embeddings.exchange import by_lookup
+from dlrm_jax.embeddings.first_values import initial_vectors
 from dlrm_jax.native import build
 from dlrm_jax.program import make_program
 from dlrm_jax.sharding import CUT, WHOLE

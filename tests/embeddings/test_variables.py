@@ -10,8 +10,8 @@ import pytest
 from dlrm_jax.embeddings import directory as directories
 from dlrm_jax.embeddings.admission import ADMISSIONS
 from dlrm_jax.embeddings.directory import Ids, grow_rows, make_directory
-from dlrm_jax.embeddings.dynamic import initial_vectors, make_table, start_rows, take
 from dlrm_jax.embeddings.eviction import EVICTIONS, evict_ids
+from dlrm_jax.embeddings.first_values import initial_vectors, make_table, start_rows, take
 from dlrm_jax.embeddings.update import update_rows
 from dlrm_jax.native import build
 from dlrm_jax.native import directory as kernels

@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from dlrm_jax.embeddings.directory import Ids
-from dlrm_jax.embeddings.dynamic import CHUNK, initial_vectors, make_table, start_rows, take
+from dlrm_jax.embeddings.first_values import CHUNK, initial_vectors, make_table, start_rows, take
 from dlrm_jax.optim.adam import adam
 from tests.embeddings.test_directory import random_ids
 
