@@ -99,10 +99,7 @@ void BackwardLane(const BackwardCall<T>& in, int64_t first, int64_t last, float*
         ConvertRow(c, in.gh + row * examples + example);
       });
     }
-    for (int64_t n0 = 0; n0 < n; n0 += kPanel) {
-      KernelGradient(product, slice_h, Stride(kSliceWords<T>), slice_g + n0 * kSliceWords<T>, slice * kPanelWords<T>, k, n,
-                     n0, start > first, gkernel);
-    }
+    KernelGradients(product, slice_h, slice_g, kSliceWords<T>, slice * kPanelWords<T>, k, n, start > first, gkernel);
   }
   SumRows(sums, n, gbias);
 }
@@ -124,11 +121,7 @@ ffi::Error Backward(ffi::ThreadPool pool, ffi::AnyBuffer kernel, ffi::AnyBuffer 
     run(in, LaneStart(lane, lanes, panels), LaneStart(lane + 1, lanes, panels), gkernels + lane * size, gbiases + lane * in.n);
   });
   SumLanes(gbiases, lanes, in.n, in.n, Data<float>(*gbias));
-  const int64_t pieces = Ceil(size, kSumPiece);
-  ParallelFor(pool, pieces, [&](int64_t i) {
-    const int64_t at = i * kSumPiece;
-    SumLanes(gkernels + at, lanes, size, std::min(kSumPiece, size - at), Data<float>(*gkernel) + at);
-  });
+  SumKernelGradients(pool, gkernels, lanes, size, size, Data<float>(*gkernel));
   return ffi::Error::Success();
 }
 

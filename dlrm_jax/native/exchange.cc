@@ -7,13 +7,14 @@
 #include <vector>
 
 #include "parallel.h"
+#include "places.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int kMeetScratch = 300;  // of the uses of memory that a thread keeps
+constexpr int kMeetPlaces = 300, kMeetScratch = 301;  // of the uses of memory that a thread keeps
 
 inline uint32_t Hash(const uint32_t* key, int64_t words, uint32_t feature) {
   uint32_t h = feature * 0x85ebca77u;
@@ -37,12 +38,10 @@ ffi::Error Meet(ffi::Buffer<ffi::U32> key_in, ffi::Buffer<ffi::U32> feature_in, 
   int32_t* lane_of = lane_out->typed_data();
   uint32_t* times = times_out->typed_data();
 
-  int64_t size = 64;
-  while (size < 2 * lanes) size *= 2;
-  // A table of what is where; of each distinct id, in the order in which they come, its first lane and its place.
-  int32_t* table = reinterpret_cast<int32_t*>(dlrm::Scratch<kMeetScratch>(size + 2 * lanes));
-  int32_t *first = table + size, *sorted = first + lanes;
-  std::fill_n(table, size, -1);
+  // Of each distinct id, in the order in which they come, its first lane and its place.
+  int32_t* first = reinterpret_cast<int32_t*>(dlrm::Scratch<kMeetScratch>(2 * lanes));
+  int32_t* sorted = first + lanes;
+  dlrm::Places<kMeetPlaces> places(lanes);
   std::vector<int32_t> next(nobody + 1);  // of each owner, shifted by one, how many; then where its next id goes
   int32_t count = 0;
   for (int64_t lane = 0; lane < lanes; ++lane) {
@@ -51,17 +50,15 @@ ffi::Error Meet(ffi::Buffer<ffi::U32> key_in, ffi::Buffer<ffi::U32> feature_in, 
       continue;
     }
     const uint32_t* own = key + lane * words;
-    auto is_other = [&](int32_t at) {
-      return !std::equal(own, own + words, key + at * words) || feature[at] != feature[lane];
-    };
-    int64_t slot = Hash(own, words, feature[lane]) & (size - 1);
-    while (table[slot] >= 0 && is_other(first[table[slot]])) slot = (slot + 1) & (size - 1);
-    if (table[slot] < 0) {
-      table[slot] = count;
+    int32_t& at = places.At(Hash(own, words, feature[lane]), [&](int32_t other) {
+      return std::equal(own, own + words, key + first[other] * words) && feature[first[other]] == feature[lane];
+    });
+    if (at < 0) {
+      at = count;
       first[count++] = lane;
       ++next[wanted_of[lane] + 1];
     }
-    place[lane] = table[slot];
+    place[lane] = at;
   }
   for (int64_t device = 0; device < nobody; ++device) next[device + 1] += next[device];
   std::copy(next.begin(), next.end(), start);

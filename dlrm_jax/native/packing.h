@@ -21,7 +21,6 @@ constexpr int64_t kSlicePanels = kSlice / kPanel;
 constexpr int64_t kBlock = 96;   // rows of C that are made at a time: a multiple of 6 and of 32
 constexpr int64_t kDepth = 256;  // words of a sum over examples at a time: half of B stays in the first-level cache
 constexpr int64_t kLanes = 4;    // for each thread, so that one that is held up is helped
-constexpr int64_t kSumPiece = 1 << 15;  // numbers of a sum over lanes that a thread makes at a time
 
 template <typename T>
 constexpr int64_t kPerWord = sizeof(Word) / sizeof(T);
@@ -138,12 +137,14 @@ void TransposePanel(const T* g, int64_t n, int64_t i, Word* slice, int64_t words
   }
 }
 
-// The gradient of a kernel, [k, n], by h [k, words of examples] and g^T of a slice: the columns from n0 on, up to 64 of
-// them. With `start`, it is added to what is there, as if the slices before were part of this one.
+// The gradient of a kernel, [k, n], by the first `words` of h, [k, words of examples], and g^T of a slice, which have room
+// for `slice_words`: the columns from n0 on, up to 64 of them. With `start`, it is added to what is there, as if the slices
+// before were part of this one.
 template <typename T>
-void KernelGradient(const Product<T>& product, const Word* h, int64_t ld, const Word* g, int64_t words, int64_t k,
+void KernelGradient(const Product<T>& product, const Word* h, const Word* g, int64_t slice_words, int64_t words, int64_t k,
                     int64_t n, int64_t n0, bool start, float* gkernel) {
-  const int64_t columns = std::min(kPanel, n - n0);
+  const int64_t columns = std::min(kPanel, n - n0), ld = Stride(slice_words);
+  g += n0 * slice_words;
   for (int64_t first = 0; first < k; first += kBlock) {
     const int64_t rows = std::min(kBlock, k - first);
     float* out = gkernel + first * n + n0;
@@ -153,6 +154,15 @@ void KernelGradient(const Product<T>& product, const Word* h, int64_t ld, const 
       product(h + first * ld + w, ld, g + w * kPanel, std::min(kDepth, words - w), rows, c, kPanel, start || w > 0);
     }
     for (int64_t r = 0; r < rows; ++r) std::memcpy(out + r * n, c + r * kPanel, columns * sizeof(float));
+  }
+}
+
+// The same, of all columns.
+template <typename T>
+void KernelGradients(const Product<T>& product, const Word* h, const Word* g, int64_t slice_words, int64_t words, int64_t k,
+                     int64_t n, bool start, float* gkernel) {
+  for (int64_t n0 = 0; n0 < n; n0 += kPanel) {
+    KernelGradient(product, h, g, slice_words, words, k, n, n0, start, gkernel);
   }
 }
 
@@ -168,6 +178,16 @@ inline int64_t LaneStart(int64_t lane, int64_t lanes, int64_t panels) { return l
 inline void SumLanes(const float* in, int64_t lanes, int64_t ld, int64_t n, float* out) {
   std::fill_n(out, n, 0.f);
   for (int64_t lane = 0; lane < lanes; ++lane) AddTo(out, in + lane * ld, n);
+}
+
+// gkernel, of `size` numbers, <- the sum over the lanes of theirs, which lie `ld` numbers apart.
+inline void SumKernelGradients(xla::ffi::ThreadPool& pool, const float* in, int64_t lanes, int64_t ld, int64_t size,
+                               float* gkernel) {
+  constexpr int64_t kPiece = 1 << 15;
+  ParallelFor(pool, Ceil(size, kPiece), [&](int64_t i) {
+    const int64_t at = i * kPiece;
+    SumLanes(in + at, lanes, ld, std::min(kPiece, size - at), gkernel + at);
+  });
 }
 
 }  // namespace dlrm

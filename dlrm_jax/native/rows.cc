@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "parallel.h"
+#include "places.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -105,7 +106,8 @@ ffi::Error Scatter(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> row, ffi::Remaini
   return ffi::Error::Success();
 }
 
-constexpr int kMergeLists = 100, kMergeTable = 101;  // of the uses of memory that a thread keeps
+constexpr int kMergeLists = 100, kMergePlaces = 101;  // of the uses of memory that a thread keeps
+constexpr int64_t kMergeParts = 4;  // at most, whatever the threads are, so that rows come in one order
 
 // Those lanes of a call whose rows have a hash of this part's. In the order of the batch, so that every sum is.
 struct Part {
@@ -116,29 +118,22 @@ struct Part {
 
 inline uint64_t HashOf(int32_t row) { return static_cast<uint32_t>(row) * 0x9e3779b97f4a7c15u; }
 
-// The part's lanes and distinct rows. Its table is so small that it stays in a cache, where a number for each row of the
-// tables would be memory that no cache holds.
+// The part's lanes and distinct rows. Their places stay in a cache, where a number for each row of the tables would be
+// memory that no cache holds.
 void FindDistinct(const int32_t* row, int64_t lanes, int64_t rows, uint64_t which, uint64_t parts, Part& part) {
   for (int64_t lane = 0; lane < lanes; ++lane) {
     part.lane[part.lanes] = lane;
     part.lanes += InTable(row[lane], rows) && (HashOf(row[lane]) >> 32) * parts >> 32 == which;
   }
-  uint64_t size = 16;
-  while (static_cast<int64_t>(size) < 2 * part.lanes) size *= 2;
-  struct Slot {
-    int32_t row, place;
-  };
-  Slot* table = reinterpret_cast<Slot*>(dlrm::Scratch<kMergeTable>(2 * size));
-  std::fill_n(table, size, Slot{-1, 0});
+  dlrm::Places<kMergePlaces> places(part.lanes);
   for (int64_t i = 0; i < part.lanes; ++i) {
     const int32_t own = row[part.lane[i]];
-    uint64_t at = HashOf(own) >> 16 & (size - 1);
-    while (table[at].row >= 0 && table[at].row != own) at = (at + 1) & (size - 1);
-    if (table[at].row < 0) {
-      table[at] = {own, static_cast<int32_t>(part.count)};
+    int32_t& at = places.At(HashOf(own) >> 16, [&](int32_t place) { return part.distinct[place] == own; });
+    if (at < 0) {
+      at = part.count;
       part.distinct[part.count++] = own;
     }
-    part.place[i] = table[at].place;
+    part.place[i] = at;
   }
 }
 
@@ -176,15 +171,15 @@ ffi::Error Merge(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> scratch_in, ffi::Bu
   }
   const int64_t lanes = row_in.element_count(), rows = scratch_in.element_count(), dim = grad.dimensions()[1];
   int32_t* distinct = distinct_out->typed_data();
-  const int64_t number = dlrm::PartsOf(pool, lanes);
+  const int64_t number = std::clamp<int64_t>(lanes / dlrm::kLanesPerPiece, 1, kMergeParts);
   int32_t* lists = reinterpret_cast<int32_t*>(dlrm::Scratch<kMergeLists>(number * 3 * (lanes + 1)));
-  Part parts[dlrm::kMostParts];
+  Part parts[kMergeParts];
   dlrm::ParallelFor(pool, number, [&](int64_t i) {
     int32_t* own = lists + i * 3 * (lanes + 1);
     parts[i] = {own, own + lanes + 1, own + 2 * (lanes + 1), 0, 0};
     FindDistinct(row_in.typed_data(), lanes, rows, i, number, parts[i]);
   });
-  int64_t first[dlrm::kMostParts + 1] = {};
+  int64_t first[kMergeParts + 1] = {};
   for (int64_t i = 0; i < number; ++i) first[i + 1] = first[i] + parts[i].count;
   dlrm::ParallelFor(pool, number, [&](int64_t i) {
     std::copy_n(parts[i].distinct, parts[i].count, distinct + first[i]);

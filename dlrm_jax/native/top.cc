@@ -26,7 +26,7 @@ constexpr int kTopWeights = 20, kTopSlice = 21, kTopSums = 22, kTopScratch = 23;
 constexpr int64_t kSharing = 4;
 
 // Parts of one piece of memory, each on a line of its own.
-struct Places {
+struct Parts {
   int64_t size = 0;
   int64_t Add(int64_t words) {
     const int64_t at = size;
@@ -39,9 +39,9 @@ struct Layer {
   const float *kernel, *bias;  // [k, n], [n]
   float *gkernel, *gbias;
   int64_t k, n;
-  int64_t forward, backward;      // where in the packed weights: W^T and W
-  int64_t h, g;                   // in the memory of a slice: h, [k, its examples], and g^T, by 64 features
-  int64_t gkernel_at, gbias_at;   // in the sums of a lane
+  int64_t forward, backward;     // where in the packed weights: W^T and W
+  int64_t h, g;                  // in the memory of a slice: h, [k, its examples], and g^T, by 64 features
+  int64_t gkernel_at, gbias_at;  // in the sums of a lane
 };
 
 template <typename T>
@@ -71,7 +71,7 @@ void LayOut(Call<T>& call, int64_t threads) {
   call.is_slice = call.examples <= std::min(threads, kSharing) * kSlice;
   call.slice_panels = call.is_slice ? call.panels() : kSlicePanels;
   call.lanes = GradientLanes(call.examples, threads);
-  Places weights, slice, sums, memory;
+  Parts weights, slice, sums, memory;
   int64_t words = 0;
   call.widest = 0;
   for (Layer& layer : call.layers) {
@@ -99,14 +99,6 @@ void LayOut(Call<T>& call, int64_t threads) {
   call.thread_size = memory.size;
 }
 
-// Writes, or adds with `start`, what so many panels of a slice make up of a kernel's gradient, [k, n]: 64 columns from n0 on.
-template <typename T>
-void AddKernelGradient(const Call<T>& call, const Product<T>& product, const Word* slice, const Layer& layer, int64_t n0,
-                       int64_t panels, bool start, float* gkernel) {
-  KernelGradient(product, slice + layer.h, call.h_stride(), slice + layer.g + n0 * call.slice_words(),
-                 panels * kPanelWords<T>, layer.k, layer.n, n0, start, gkernel);
-}
-
 // A lane at work in the memory of its thread.
 template <typename T>
 class Lane {
@@ -131,10 +123,10 @@ class Lane {
       for (int64_t l = Layers() - 1; l >= 0; --l) {
         for_panels([&](int64_t i, int64_t example) { Backward(l, i, example); });
       }
+      if (call_.is_slice) continue;  // all lanes together make the gradients of its kernels
       for (const Layer& layer : call_.layers) {
-        for (int64_t n0 = 0; n0 < layer.n && !call_.is_slice; n0 += kPanel) {
-          AddKernelGradient(call_, product_, slice_, layer, n0, panels, start_ > first, sums_ + layer.gkernel_at);
-        }
+        KernelGradients(product_, slice_ + layer.h, slice_ + layer.g, call_.slice_words(), panels * kPanelWords<T>, layer.k,
+                        layer.n, start_ > first, sums_ + layer.gkernel_at);
       }
     }
     for (int64_t l = 0; l < Layers(); ++l) SumRows(BiasSum(l, 0), call_.layers[l].n, sums_ + call_.layers[l].gbias_at);
@@ -322,17 +314,19 @@ ffi::Error Top(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets
     Lane<T> lane(call, weights, slice ? slice : Scratch<kTopSlice>(call.slice_size), sums + i * call.lane_size);
     lane.Run(LaneStart(i, call.lanes, call.panels()), LaneStart(i + 1, call.lanes, call.panels()));
   });
-  auto sum = [&](int64_t at, int64_t n, float* out) { SumLanes(sums + at, call.lanes, call.lane_size, n, out); };
-  const std::vector<Piece> pieces = PiecesOf(call.layers, call.is_slice ? &Layer::n : &Layer::k);
-  ParallelFor(pool, pieces.size(), [&](int64_t i) {
-    const auto& [layer, first] = pieces[i];
-    if (call.is_slice) {
-      AddKernelGradient(call, Product<T>(), slice, *layer, first, call.panels(), false, layer->gkernel);
-    } else {
-      const int64_t n = layer->n, rows = std::min(kPanel, layer->k - first);
-      sum(layer->gkernel_at + first * n, rows * n, layer->gkernel + first * n);
+  if (call.is_slice) {
+    const std::vector<Piece> pieces = PiecesOf(call.layers, &Layer::n);
+    ParallelFor(pool, pieces.size(), [&](int64_t i) {
+      const auto& [layer, n0] = pieces[i];
+      KernelGradient(Product<T>(), slice + layer->h, slice + layer->g, call.slice_words(), call.slice_words(), layer->k,
+                     layer->n, n0, false, layer->gkernel);
+    });
+  } else {
+    for (const Layer& layer : call.layers) {
+      SumKernelGradients(pool, sums + layer.gkernel_at, call.lanes, call.lane_size, layer.k * layer.n, layer.gkernel);
     }
-  });
+  }
+  auto sum = [&](int64_t at, int64_t n, float* out) { SumLanes(sums + at, call.lanes, call.lane_size, n, out); };
   sum(call.loss, 1, out(0));
   sum(call.glogit_kernel, call.last(), out(3));
   sum(call.glogit_bias, 1, out(4));
