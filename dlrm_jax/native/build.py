@@ -18,13 +18,19 @@ import jax
 import jaxlib
 
 FOLDER = Path(__file__).parent
-FLAGS = ('-std=c++17', '-O3', '-march=native', '-fno-strict-aliasing', '-fPIC', '-shared', '-DNDEBUG', '-w')
+FLAGS = ('-std=c++17', '-O3', '-march=native', '-fno-strict-aliasing', '-fno-math-errno', '-fPIC', '-shared', '-DNDEBUG', '-w')
 COMPILERS = ('c++', 'g++', 'clang++')
 # What the kernels are called in XLA's programs, and in C++.
 TARGETS = {
   'dlrm_rows_gather': 'DlrmRowsGather',
   'dlrm_rows_scatter': 'DlrmRowsScatter',
   'dlrm_rows_merge': 'DlrmRowsMerge',
+  'dlrm_rows_gradientdescent': 'DlrmRowsGradientDescent',
+  'dlrm_rows_adagrad': 'DlrmRowsAdagrad',
+  'dlrm_rows_adagraddecay': 'DlrmRowsAdagradDecay',
+  'dlrm_rows_adam': 'DlrmRowsAdam',
+  'dlrm_rows_adamasync': 'DlrmRowsAdamAsync',
+  'dlrm_rows_rmsprop': 'DlrmRowsRmsProp',
   'dlrm_directory_find': 'DlrmDirectoryFind',
   'dlrm_directory_claim': 'DlrmDirectoryClaim',
   'dlrm_bloom_add': 'DlrmBloomAdd',

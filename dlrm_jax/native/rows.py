@@ -3,13 +3,13 @@
 "No row" is a number outside of [0, rows). Tables must be donated, or they are copied.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int32
+from jaxtyping import Float, Int32, UInt32
 
 Merged = tuple[Int32[Array, 'rows'], Int32[Array, 'K'], Float[Array, 'K D'], Int32[Array, '']]
 
@@ -25,6 +25,9 @@ class RowKernels(NamedTuple):
   # gradients of each; their count). They fill the first lanes, in any order; every sum is in the order of the batch.
   # The other lanes are "no row", with gradients that mean nothing. K is at least N. What the scratch held is all one.
   merge: Callable[[Array, Array, Array, int], Merged]
+  # (name of a rule, its numbers, tables f32[rows, D] and what else the rule has, row i32[N], grad f32[N, D], l2) -> the
+  # tables after the rule has seen each distinct row once, with the sum of its gradients, plus l2 times the row itself.
+  update: Callable[[str, Sequence[float | Array], Any, Array, Array, float | Array], Any] | None
 
 
 def xla_read(tables: Any, row: Int32[Array, '...']) -> Any:
@@ -86,5 +89,32 @@ def native_merge(
   return tuple(jax.ffi.ffi_call('dlrm_rows_merge', shapes, input_output_aliases={0: 0})(scratch, row, grad))
 
 
-XLA = RowKernels(xla_read, xla_write, xla_merge)
-NATIVE = RowKernels(native_read, native_write, native_merge)  # needs native.build.load()
+def native_update(
+  rule: str,
+  numbers: Sequence[float | Array],
+  tables: Any,
+  row: Int32[Array, 'N'],
+  grad: Float[Array, 'N D'],
+  l2: float | Float[Array, ''],
+) -> Any:
+  """See `RowKernels.update`. The result does not depend on the number of threads."""
+  leaves, tree = jax.tree.flatten(tables)
+  shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+  in_place = {4 + place: place for place in range(len(leaves))}
+  call = jax.ffi.ffi_call(f'dlrm_rows_{rule}', shapes, input_output_aliases=in_place)
+  return jax.tree.unflatten(tree, call(row, grad, _words(numbers), jnp.asarray(l2, jnp.float32), *leaves))
+
+
+def _words(numbers: Sequence[float | Array]) -> UInt32[Array, 'n']:
+  """Numbers as a struct of C++ has them, floating or whole."""
+
+  def word(number: float | Array) -> Array:
+    number = jnp.asarray(number)
+    small = jnp.float32 if jnp.issubdtype(number.dtype, jnp.floating) else jnp.int32
+    return jax.lax.bitcast_convert_type(number.astype(small), jnp.uint32)
+
+  return jnp.stack([word(number) for number in numbers])
+
+
+XLA = RowKernels(xla_read, xla_write, xla_merge, None)
+NATIVE = RowKernels(native_read, native_write, native_merge, native_update)  # needs native.build.load()

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dlrm_jax.optim.rules import Rule, WithRule
 from dlrm_jax.optim.schedules import LearningRate, rate_at
 
 
@@ -39,4 +40,4 @@ def adagrad(learning_rate: LearningRate, initial_accumulator: float = 0.1) -> op
     updates = jax.tree.map(lambda g, a: -rate * g / jnp.sqrt(a), grads, a)
     return updates, AdagradState(optax.safe_increment(state.count), a)
 
-  return optax.GradientTransformation(init, update)
+  return WithRule(init, update, Rule('adagrad', lambda state: (rate_at(learning_rate, state.count),)))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dlrm_jax.optim.rules import Rule, WithRule
 from dlrm_jax.optim.schedules import LearningRate, rate_at
 
 
@@ -48,17 +49,22 @@ def adagrad_decay(
     q = jax.tree.map(lambda w: jnp.zeros(w.shape[:1] + (1,) * (w.ndim - 1), jnp.int32), params)
     return AdagradDecayState(count=jnp.zeros([], jnp.int32), a=a, q=q)
 
+  def periods(state: AdagradDecayState) -> jax.Array:
+    return optax.safe_increment(state.count) // int(decay_steps)
+
+  def numbers(state: AdagradDecayState) -> tuple[float | jax.Array, ...]:
+    return rate_at(learning_rate, state.count), initial_accumulator, decay_rate, periods(state)
+
   def update(grads: Any, state: AdagradDecayState, params: Any = None) -> tuple[Any, AdagradDecayState]:
     del params
     rate = rate_at(learning_rate, state.count)
-    count = optax.safe_increment(state.count)
-    due = jax.tree.map(lambda q: count // int(decay_steps) > q, state.q)
+    due = jax.tree.map(lambda q: periods(state) > q, state.q)
     discounted = jax.tree.map(
       lambda a, due: jnp.where(due, jnp.maximum(decay_rate * a, initial_accumulator), a), state.a, due
     )
     a = jax.tree.map(lambda g, a: a + g * g, grads, discounted)
     q = jax.tree.map(lambda q, due: q + due.astype(q.dtype), state.q, due)
     updates = jax.tree.map(lambda g, a: -rate * g / jnp.sqrt(a), grads, a)
-    return updates, AdagradDecayState(count, a, q)
+    return updates, AdagradDecayState(optax.safe_increment(state.count), a, q)
 
-  return optax.GradientTransformation(init, update)
+  return WithRule(init, update, Rule('adagraddecay', numbers))

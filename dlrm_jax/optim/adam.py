@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dlrm_jax.optim.rules import Rule, WithRule
 from dlrm_jax.optim.schedules import LearningRate, rate_at
 
 
@@ -40,16 +41,18 @@ def adam(
     m, v = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
     return AdamState(count=jnp.zeros([], jnp.int32), m=m, v=v)
 
+  def rate(state: AdamState) -> jax.Array:
+    return rate_at(learning_rate, state.count) * bias_correction(optax.safe_increment(state.count), b1, b2)
+
   def update(grads: Any, state: AdamState, params: Any = None) -> tuple[Any, AdamState]:
     del params
-    count = optax.safe_increment(state.count)
-    alpha = rate_at(learning_rate, state.count) * bias_correction(count, b1, b2)
+    alpha = rate(state)
     m = jax.tree.map(lambda g, m: m + (1 - b1) * (g - m), grads, state.m)
     v = jax.tree.map(lambda g, v: v + (1 - b2) * (g * g - v), grads, state.v)
     updates = jax.tree.map(lambda m, v: -alpha.astype(m.dtype) * m / (jnp.sqrt(v) + eps), m, v)
-    return updates, AdamState(count, m, v)
+    return updates, AdamState(optax.safe_increment(state.count), m, v)
 
-  return optax.GradientTransformation(init, update)
+  return WithRule(init, update, Rule('adam', lambda state: (rate(state), 1 - b1, 1 - b2, eps)))
 
 
 def check_betas(name: str, b1: float, b2: float) -> None:

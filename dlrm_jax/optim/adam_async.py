@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from dlrm_jax.optim.adam import AdamState, bias_correction, check_betas
+from dlrm_jax.optim.rules import Rule, WithRule
 from dlrm_jax.optim.schedules import LearningRate, rate_at
 
 
@@ -34,18 +35,21 @@ def adam_async(
     m, v = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
     return AdamState(count=jnp.zeros([], jnp.int32), m=m, v=v)
 
+  def rate(state: AdamState) -> float | jax.Array:
+    plain = rate_at(learning_rate, state.count)
+    return plain if rmsprop else plain * bias_correction(optax.safe_increment(state.count), b1, b2)
+
   def update(grads: Any, state: AdamState, params: Any = None) -> tuple[Any, AdamState]:
     del params
-    rate = rate_at(learning_rate, state.count)
-    count = optax.safe_increment(state.count)
+    alpha = rate(state)
     v = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * g * g, grads, state.v)
     if rmsprop:
-      m = jax.tree.map(lambda g, m, v: b1 * m + rate * g / jnp.sqrt(v + eps), grads, state.m, v)
+      m = jax.tree.map(lambda g, m, v: b1 * m + alpha * g / jnp.sqrt(v + eps), grads, state.m, v)
       updates = jax.tree.map(jnp.negative, m)
     else:
-      alpha = rate * bias_correction(count, b1, b2)
       m = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, grads, state.m)
       updates = jax.tree.map(lambda m, v: -alpha.astype(m.dtype) * m / (jnp.sqrt(v) + eps), m, v)
-    return updates, AdamState(count, m, v)
+    return updates, AdamState(optax.safe_increment(state.count), m, v)
 
-  return optax.GradientTransformation(init, update)
+  name = 'rmsprop' if rmsprop else 'adamasync'
+  return WithRule(init, update, Rule(name, lambda state: (rate(state), b1, 1 - b1, b2, 1 - b2, eps)))

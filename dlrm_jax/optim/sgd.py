@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dlrm_jax.optim.rules import Rule, WithRule
 from dlrm_jax.optim.schedules import LearningRate, rate_at
 
 
@@ -27,4 +28,4 @@ def sgd(learning_rate: LearningRate) -> optax.GradientTransformation:
     rate = rate_at(learning_rate, state.count)
     return jax.tree.map(lambda g: -rate * g, grads), SgdState(optax.safe_increment(state.count))
 
-  return optax.GradientTransformation(init, update)
+  return WithRule(init, update, Rule('gradientdescent', lambda state: (rate_at(learning_rate, state.count),)))

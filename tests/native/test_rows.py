@@ -104,7 +104,10 @@ def test_update_rows(case, lanes):
     row = (rng.zipf(1.3, lanes) % 5_500 - 3).astype(np.int32)
     grad = jnp.asarray(rng.normal(size=(lanes, 16)), jnp.float32)
     found = [step(table, row, grad, 0.1) for step, table in zip(steps, found, strict=True)]
-  close = functools.partial(np.testing.assert_allclose, rtol=2e-7, atol=2e-7)
+
+  def close(a, b):  # both contract a * b + c where they like, and what is large may cancel
+    np.testing.assert_allclose(a, b, rtol=3e-7, atol=3e-7 * np.abs(b).max())
+
   jax.tree.map(close, *((table.value, table.slots) for table in found))
 
 
