@@ -18,7 +18,10 @@ import jax
 import jaxlib
 
 FOLDER = Path(__file__).parent
-FLAGS = ('-std=c++17', '-O3', '-march=native', '-fno-strict-aliasing', '-fno-math-errno', '-fPIC', '-shared', '-DNDEBUG', '-w')
+FLAGS = (
+  *('-std=c++17', '-O3', '-march=native', '-DNDEBUG', '-w', '-fPIC', '-shared', '-fno-strict-aliasing'),
+  '-fno-math-errno',  # or a square root is a call, one number at a time
+)
 COMPILERS = ('c++', 'g++', 'clang++')
 # What the kernels are called in XLA's programs, and in C++.
 TARGETS = {

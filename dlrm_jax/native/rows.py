@@ -1,4 +1,4 @@
-"""Reading, writing and merging rows of tables, in XLA and in C++ (rows.cc): the same numbers, and the same promises.
+"""Reading, writing, merging and updating rows of tables, in XLA and in C++ (rows.cc, row_updates.cc): one promise.
 
 "No row" is a number outside of [0, rows). Tables must be donated, or they are copied.
 """
@@ -25,8 +25,9 @@ class RowKernels(NamedTuple):
   # gradients of each; their count). They fill the first lanes, in any order; every sum is in the order of the batch.
   # The other lanes are "no row", with gradients that mean nothing. K is at least N. What the scratch held is all one.
   merge: Callable[[Array, Array, Array, int], Merged]
-  # (name of a rule, its numbers, tables f32[rows, D] and what else the rule has, row i32[N], grad f32[N, D], l2) -> the
-  # tables after the rule has seen each distinct row once, with the sum of its gradients, plus l2 times the row itself.
+  # (name of an optimizer's rule, its numbers, (value f32[rows, D], slots), row i32[N], grad f32[N, D], l2) -> value and
+  # slots after each distinct row was updated once, by the sum of its gradients and l2 times the row. None where there
+  # is no such kernel: merge, read, any transformation and write do the same (optim/rowwise.py).
   update: Callable[[str, Sequence[float | Array], Any, Array, Array, float | Array], Any] | None
 
 

@@ -7,6 +7,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -92,23 +93,41 @@ def test_merge_on_several_threads(lanes, dim):
   assert merged(NATIVE, *arguments, lanes) == merged(XLA, *arguments, lanes)
 
 
-@pytest.mark.parametrize('lanes', [0, 1, CHUNK, CHUNK + 1, 9_000])
-@pytest.mark.parametrize('case', reference.CASES)
-def test_update_rows(case, lanes):
+def check_update(tx, lanes, dim):
   rng = np.random.default_rng(lanes)
-  tx = reference.make(case, 0.05)
-  value = jnp.asarray(rng.normal(size=(5_000, 16)), jnp.float32)
+  value = jnp.asarray(rng.normal(size=(5_000, dim)), jnp.float32)
   steps = [jax.jit(functools.partial(update_rows, tx, kernels=kernels)) for kernels in (XLA, NATIVE)]
   found = [Table(value, init_slots(tx, value), jnp.zeros(5_000, jnp.int32)) for _ in steps]
   for _ in range(3):
     row = (rng.zipf(1.3, lanes) % 5_500 - 3).astype(np.int32)
-    grad = jnp.asarray(rng.normal(size=(lanes, 16)), jnp.float32)
+    grad = jnp.asarray(rng.normal(size=(lanes, dim)), jnp.float32)
     found = [step(table, row, grad, 0.1) for step, table in zip(steps, found, strict=True)]
 
   def close(a, b):  # both contract a * b + c where they like, and what is large may cancel
     np.testing.assert_allclose(a, b, rtol=3e-7, atol=3e-7 * np.abs(b).max())
 
   jax.tree.map(close, *((table.value, table.slots) for table in found))
+
+
+@pytest.mark.parametrize('lanes', [0, 1, CHUNK, CHUNK + 1, 9_000])
+@pytest.mark.parametrize('case', reference.CASES)
+def test_update_rows(case, lanes):
+  check_update(reference.make(case, 0.05), lanes, dim=16)
+
+
+@pytest.mark.parametrize('dim', [1, 8, 20])
+@pytest.mark.parametrize('case', reference.CASES)
+def test_update_rows_of_other_widths(case, dim):
+  check_update(reference.make(case, 0.05), 3_000, dim)
+
+
+def test_update_rows_by_what_no_kernel_knows():
+  check_update(optax.rmsprop(0.05, momentum=0.9), 3_000, dim=16)
+
+
+@pytest.mark.parametrize('case', reference.CASES)
+def test_update_rows_by_a_schedule(case):
+  check_update(reference.make(case, lambda count: 0.05 / (1 + count)), 3_000, dim=16)
 
 
 @pytest.mark.parametrize('case', reference.CASES)
@@ -153,12 +172,20 @@ MANY_LANES = """
 import hashlib, jax, numpy as np
 from dlrm_jax.native import build
 from dlrm_jax.native.rows import NATIVE
+from dlrm_jax.optim import OPTIMIZERS
+from dlrm_jax.embeddings.update import update_rows
+from dlrm_jax.optim.rowwise import init_slots
+from dlrm_jax.structs import Table
 assert build.load().ready
 rng = np.random.default_rng(0)
 row, grad = rng.integers(0, 5000, 70_000, dtype=np.int32), rng.normal(size=(70_000, 16)).astype(np.float32)
 _, *parts = jax.jit(NATIVE.merge, static_argnums=3)(np.zeros(5000, np.int32), row, grad, 70_000)
 count = int(parts[2])
-print(hashlib.sha256(np.asarray(parts[0]).tobytes() + np.asarray(parts[1])[:count].tobytes()).hexdigest())
+tx, value = OPTIMIZERS['adamasync'](0.1), np.ones((5000, 16), np.float32)
+update = jax.jit(lambda table: update_rows(tx, table, row, grad, 0.1, NATIVE))
+table = update(Table(value, init_slots(tx, value), np.zeros(5000, np.int32)))
+arrays = parts[0], parts[1][:count], table.value, table.slots.m, table.slots.v
+print(hashlib.sha256(b''.join(np.asarray(array).tobytes() for array in arrays)).hexdigest())
 """
 
 
