@@ -17,6 +17,7 @@ from experiments import (
   benchmark,
   benchmark_tables,
   common,
+  epoch,
   limits,
   measurements,
   quality,
@@ -365,6 +366,20 @@ def test_quality_table_has_means_errors_and_differences():
   assert len({line.count('|') for line in lines}) == 1
   assert '0.40000' in loss
   assert quality.mean_and_error([0.5]) == (0.5, None)
+
+
+def test_an_epoch_s_table_begins_with_what_could_be_run():
+  def refused():
+    raise common.Failed('no Python 3.7')
+
+  run = lambda rate: {'accuracy': 0.78, 'auc': 0.8, 'log_loss': 0.5, 'samples_per_second': rate, 'peak_memory_gb': 1.0}
+  rows = [('theirs', 'FP32', refused), ('ours', 'FP32', lambda: run(1000)), ('ours', 'BF16', lambda: run(2500))]
+  text = epoch.render(epoch.measure(rows), {'best_auc': 0.9, 'best_log_loss': 0.4})
+  _, _, theirs, first, second, best = text.splitlines()
+  assert theirs == '| theirs | FP32 | no Python 3.7 |  |  |  |  |'
+  assert first == '| ours | FP32 | 0.780000 | 0.800000 | 0.500000 | 1,000 (baseline) | 1.00 GB |'
+  assert '| 2,500 (2.50x) |' in second
+  assert '0.900000 | 0.400000' in best
 
 
 def test_cpuinfo_is_read():

@@ -83,6 +83,7 @@ def quality(args: argparse.Namespace, buckets: tuple[int, ...]) -> dict[str, obj
   labels, probabilities = (np.concatenate([np.atleast_1d(part) for part in parts]) for parts in zip(*pairs))
   return {
     'auc': auc(labels, probabilities),
+    'accuracy': float(np.mean((probabilities > 0.5) == (labels > 0.5))),
     'log_loss': log_loss(labels, probabilities),
     'train_seconds': round(seconds, 1),
     'steps': steps,
