@@ -70,7 +70,8 @@ def choose(wanted: bool) -> Native:
   if not wanted:
     return Native(False, 'XLA alone, no C++ kernels: config.native is False')
   if jax.default_backend() != 'cpu':
-    return Native(False, f'XLA alone, no C++ kernels: they are for CPUs, this runs on {jax.default_backend()}')
+    where = jax.default_backend()
+    return Native(False, f'XLA alone in the step, C++ kernels to read data alone: this runs on {where}, not on a CPU')
   return load()
 
 
