@@ -35,6 +35,7 @@ def of_dlrm_jax(config: str, data: Path, batch_size: int, rows: int) -> Run:
     result, peak = common.run(common.dlrm_jax(config, data, output, rows, batch_size, '--config.log_every=1000'))
   finally:
     shutil.rmtree(output, ignore_errors=True)  # gigabytes of checkpoint
+  del result['output_dir']  # of this machine, and gone
   return result | {'peak_memory_gb': peak}
 
 
