@@ -2,12 +2,10 @@
 
 Community TensorFlow 1.15.5 running the original's program, which is left out where it cannot be installed, then
 dlrm_jax in float32 and with bfloat16 products: batches of 512 from the CSV with Adam, `cat`. Throughput is that of all
-training steps. TensorFlow has 10,000 rows a column, as the original had; dlrm_jax those of configs/base.py, and 10,000
-with --few too.
+training steps. TensorFlow has 10,000 rows a column, as the original had; dlrm_jax those of configs/base.py.
 """
 
 import functools
-import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import common
+from experiments.benchmark_rows import SMALL, small
 
-FEW = 10_000  # rows of a column
 Run = dict[str, float]
 Row = tuple[str, str, Callable[[], Run]]  # framework, dtype, what measures it
 
@@ -24,28 +22,23 @@ Row = tuple[str, str, Callable[[], Run]]  # framework, dtype, what measures it
 def of_tensorflow(data: Path, batch_size: int) -> Run:
   """The original's program."""
   common.install(common.TENSORFLOW_1)
-  result, peak = common.run_peer(common.TENSORFLOW_1, 'quality', csv=data, buckets=FEW, batch_size=batch_size)
+  result, peak = common.run_peer(common.TENSORFLOW_1, 'quality', csv=data, buckets=SMALL, batch_size=batch_size)
   return result | {'samples_per_second': result['steps'] * batch_size / result['train_seconds'], 'peak_memory_gb': peak}
 
 
 def of_dlrm_jax(config: str, data: Path, batch_size: int, rows: int) -> Run:
   """The main program."""
-  output = Path(tempfile.mkdtemp())
-  try:
-    result, peak = common.run(common.dlrm_jax(config, data, output, rows, batch_size, '--config.log_every=1000'))
-  finally:
-    shutil.rmtree(output, ignore_errors=True)  # gigabytes of checkpoint
+  with tempfile.TemporaryDirectory() as output:
+    result, peak = common.run(common.dlrm_jax(config, data, Path(output), rows, batch_size, '--config.log_every=1000'))
   del result['output_dir']  # of this machine, and gone
   return result | {'peak_memory_gb': peak}
 
 
-def rows_of(data: Path, batch_size: int, buckets: int, few: bool) -> Iterator[Row]:
+def rows_of(data: Path, batch_size: int, buckets: int) -> Iterator[Row]:
   """What is trained, one after another."""
-  yield 'Community TensorFlow 1.15.5, 10,000 rows a column', 'FP32', functools.partial(of_tensorflow, data, batch_size)
-  for rows in (buckets, FEW) if few else (buckets,):
-    name = f'dlrm_jax, {rows:,} rows a column' if rows else 'dlrm_jax'
-    for config, dtype in (('base', 'FP32'), ('bf16', 'FP32+BF16')):
-      yield name, dtype, functools.partial(of_dlrm_jax, config, data, batch_size, rows)
+  yield small('Community TensorFlow 1.15.5'), 'FP32', functools.partial(of_tensorflow, data, batch_size)
+  for config, dtype in (('base', 'FP32'), ('bf16', 'FP32+BF16')):
+    yield 'dlrm_jax', dtype, functools.partial(of_dlrm_jax, config, data, batch_size, buckets)
 
 
 def measure(rows: Iterator[Row]) -> list[dict[str, Any]]:
@@ -87,12 +80,12 @@ def main(argv: list[str]) -> None:
   parser = common.parser('epoch', __doc__)
   parser.add_argument('--data', type=Path, default=Path('data'), help='folder with train.csv and eval.csv (data)')
   parser.add_argument('--batch_size', type=int, default=512)
-  parser.add_argument('--few', action='store_true', help='dlrm_jax with 10,000 rows a column as well')
   args = parser.parse_args(argv)
   args.data = common.check_data(args.data, 'train.csv', 'eval.csv')
   load, about = common.load_before(), common.about_data(args.data)
-  runs = measure(rows_of(args.data, args.batch_size, args.buckets, args.few))
-  record = {'machine': common.about_machine(None), 'load_before': load, 'data': about, 'batch_size': args.batch_size}
+  runs = measure(rows_of(args.data, args.batch_size, args.buckets))
+  settings = {'batch_size': args.batch_size, 'buckets': args.buckets}
+  record = {'machine': common.about_machine(None), 'load_before': load, 'data': about, 'settings': settings}
   common.finish('epoch', record | {'runs': runs}, render(runs, (about or {}).get('eval')), args.record)
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int32
 
 from dlrm_jax.native.rows import XLA, RowKernels
 from dlrm_jax.optim.rowwise import CHUNK, join, split, update_distinct
-from dlrm_jax.optim.rules import Rule
+from dlrm_jax.optim.rules import WithRule
 from dlrm_jax.structs import Table
 
 
@@ -39,9 +39,8 @@ def update_rows(
 
   Shared slots advance once a call, even if no row is touched.
   """
-  rule = getattr(tx, 'rule', None)
-  if kernels.update and rule and table.value.dtype == jnp.float32:
-    return _by_rule(tx, rule, table, row, grad, l2, kernels.update)
+  if kernels.update and isinstance(tx, WithRule) and table.value.dtype == jnp.float32:
+    return _by_rule(tx, table, row, grad, l2, kernels.update)
   places = row.shape[0] if row.shape[0] <= CHUNK else -(-row.shape[0] // CHUNK) * CHUNK
   scratch, distinct, total, count = kernels.merge(table.scratch, row, grad, places)
   value, slots = update_distinct(tx, table.value, table.slots, distinct, total, count, l2, kernels, step, first)
@@ -49,8 +48,7 @@ def update_rows(
 
 
 def _by_rule(
-  tx: optax.GradientTransformation,
-  rule: Rule,
+  tx: WithRule,
   table: Table,
   row: Int32[Array, 'N'],
   grad: Float[Array, 'N D'],
@@ -61,7 +59,7 @@ def _by_rule(
   none = jax.tree.map(lambda leaf: leaf[:0], (table.value, per_row))
   # Of no row at all, all that comes back is how the shared slots advance.
   _, advanced = tx.update(none[0], join(none[1], shared), none[0])
-  value, per_row = update(rule.name, rule.numbers(table.slots), (table.value, per_row), row, grad, l2)
+  value, per_row = update(tx.rule.name, tx.rule.numbers(table.slots), (table.value, per_row), row, grad, l2)
   return table.replace(value=value, slots=join(per_row, split(advanced)[1]))
 
 

@@ -69,9 +69,8 @@ def choose(wanted: bool) -> Native:
   """The C++ kernels, ready for XLA, if they are `wanted` and can be had."""
   if not wanted:
     return Native(False, 'XLA alone, no C++ kernels: config.native is False')
-  if jax.default_backend() != 'cpu':
-    where = jax.default_backend()
-    return Native(False, f'XLA alone in the step, C++ kernels to read data alone: this runs on {where}, not on a CPU')
+  if (backend := jax.default_backend()) != 'cpu':
+    return Native(False, f'XLA alone in the step, C++ kernels to read data alone: this runs on {backend}, not on a CPU')
   return load()
 
 

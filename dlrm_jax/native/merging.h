@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #include "parallel.h"
 #include "places.h"
@@ -35,6 +36,19 @@ struct Rows {
   char* data;
   int64_t rows, bytes;  // bytes of a row
 };
+
+// Appends the tables that a call changes: its results, and in the same memory the first of its remaining arguments. An
+// error if they are not.
+inline xla::ffi::Error AddTablesInPlace(const xla::ffi::RemainingArgs& args, const xla::ffi::RemainingRets& results,
+                                        std::vector<Rows>& tables) {
+  for (size_t i = 0; i < results.size(); ++i) {
+    tables.emplace_back(*results.get<xla::ffi::AnyBuffer>(i).value());
+    if (args.get<xla::ffi::AnyBuffer>(i)->untyped_data() != tables.back().data) {
+      return xla::ffi::Error::Internal("a table was not given in place");
+    }
+  }
+  return xla::ffi::Error::Success();
+}
 
 inline bool InTable(int32_t row, int64_t rows) { return row >= 0 && row < rows; }
 

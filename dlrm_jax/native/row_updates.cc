@@ -161,12 +161,7 @@ ffi::Error Update(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> row, ffi::Buffer<f
                   ffi::Buffer<ffi::U32> numbers, ffi::Buffer<ffi::F32> l2, ffi::RemainingArgs args,
                   ffi::RemainingRets results) {
   std::vector<Rows> tables;
-  for (size_t i = 0; i < results.size(); ++i) {
-    tables.emplace_back(*results.get<ffi::AnyBuffer>(i).value());
-    if (args.get<ffi::AnyBuffer>(i)->untyped_data() != tables[i].data) {
-      return ffi::Error::Internal("a table was not given in place");
-    }
-  }
+  if (ffi::Error error = AddTablesInPlace(args, results, tables); error.failure()) return error;
   Rule rule;
   if (numbers.size_bytes() != sizeof rule || tables.size() != kTables<Rule>) {
     return ffi::Error::Internal("these are not the numbers and slots of the rule");

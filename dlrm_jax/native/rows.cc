@@ -70,13 +70,8 @@ ffi::Error Gather(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> row, ffi::Remainin
 // Arguments after `row`: the tables, then the new rows of each. Results: the tables, in place.
 ffi::Error Scatter(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> row, ffi::RemainingArgs args, ffi::RemainingRets results) {
   std::vector<Rows> tables, ins;
-  for (size_t i = 0; i < results.size(); ++i) {
-    tables.emplace_back(*results.get<ffi::AnyBuffer>(i).value());
-    ins.emplace_back(*args.get<ffi::AnyBuffer>(results.size() + i));
-    if (args.get<ffi::AnyBuffer>(i)->untyped_data() != tables[i].data) {
-      return ffi::Error::Internal("a table was not given in place");
-    }
-  }
+  if (ffi::Error error = AddTablesInPlace(args, results, tables); error.failure()) return error;
+  for (size_t i = 0; i < results.size(); ++i) ins.emplace_back(*args.get<ffi::AnyBuffer>(results.size() + i));
   const int64_t lanes = row.element_count(), pieces = PiecesOf(pool, lanes);
   ParallelFor(pool, pieces, [&](int64_t piece) {
     for (size_t i = 0; i < tables.size(); ++i) {

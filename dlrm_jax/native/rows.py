@@ -70,11 +70,7 @@ def native_read(tables: Any, row: Int32[Array, '...']) -> Any:
 
 def native_write(tables: Any, row: Int32[Array, 'K'], new: Any) -> Any:
   """See `RowKernels.write`."""
-  leaves, tree = jax.tree.flatten(tables)
-  shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-  in_place = {1 + place: place for place in range(len(leaves))}
-  call = jax.ffi.ffi_call('dlrm_rows_scatter', shapes, input_output_aliases=in_place)
-  return jax.tree.unflatten(tree, call(row, *leaves, *jax.tree.leaves(new)))
+  return _in_place('dlrm_rows_scatter', (row,), tables, jax.tree.leaves(new))
 
 
 def native_merge(
@@ -99,11 +95,16 @@ def native_update(
   l2: float | Float[Array, ''],
 ) -> Any:
   """See `RowKernels.update`. The result does not depend on the number of threads."""
+  return _in_place(f'dlrm_rows_{rule}', (row, grad, _words(numbers), jnp.asarray(l2, jnp.float32)), tables)
+
+
+def _in_place(target: str, before: Sequence[Array], tables: Any, after: Sequence[Array] = ()) -> Any:
+  """What a kernel, called with the leaves of the tables between other arguments, makes of the tables where they are."""
   leaves, tree = jax.tree.flatten(tables)
   shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-  in_place = {4 + place: place for place in range(len(leaves))}
-  call = jax.ffi.ffi_call(f'dlrm_rows_{rule}', shapes, input_output_aliases=in_place)
-  return jax.tree.unflatten(tree, call(row, grad, _words(numbers), jnp.asarray(l2, jnp.float32), *leaves))
+  aliases = {len(before) + place: place for place in range(len(leaves))}
+  call = jax.ffi.ffi_call(target, shapes, input_output_aliases=aliases)
+  return jax.tree.unflatten(tree, call(*before, *leaves, *after))
 
 
 def _words(numbers: Sequence[float | Array]) -> UInt32[Array, 'n']:

@@ -58,7 +58,8 @@ def adagrad_decay(
   def update(grads: Any, state: AdagradDecayState, params: Any = None) -> tuple[Any, AdagradDecayState]:
     del params
     rate = rate_at(learning_rate, state.count)
-    due = jax.tree.map(lambda q: periods(state) > q, state.q)
+    passed = periods(state)
+    due = jax.tree.map(lambda q: passed > q, state.q)
     discounted = jax.tree.map(
       lambda a, due: jnp.where(due, jnp.maximum(decay_rate * a, initial_accumulator), a), state.a, due
     )

@@ -93,7 +93,7 @@ def test_merge_on_several_threads(lanes, dim):
   assert merged(NATIVE, *arguments, lanes) == merged(XLA, *arguments, lanes)
 
 
-def check_update(tx, lanes, dim):
+def check_update(tx, lanes, dim, cancels=False):
   rng = np.random.default_rng(lanes)
   value = jnp.asarray(rng.normal(size=(5_000, dim)), jnp.float32)
   steps = [jax.jit(functools.partial(update_rows, tx, kernels=kernels)) for kernels in (XLA, NATIVE)]
@@ -102,9 +102,9 @@ def check_update(tx, lanes, dim):
     row = (rng.zipf(1.3, lanes) % 5_500 - 3).astype(np.int32)
     grad = jnp.asarray(rng.normal(size=(lanes, dim)), jnp.float32)
     found = [step(table, row, grad, 0.1) for step, table in zip(steps, found, strict=True)]
-
-  def close(a, b):  # both contract a * b + c where they like, and what is large may cancel
-    np.testing.assert_allclose(a, b, rtol=3e-7, atol=3e-7 * np.abs(b).max())
+  def close(a, b):
+    # RMSProp's first steps are 32 learning rates: what is left of large numbers has the rounding of those.
+    np.testing.assert_allclose(a, b, rtol=2e-7, atol=3e-7 * np.abs(b).max() if cancels else 2e-7)
 
   jax.tree.map(close, *((table.value, table.slots) for table in found))
 
@@ -112,22 +112,23 @@ def check_update(tx, lanes, dim):
 @pytest.mark.parametrize('lanes', [0, 1, CHUNK, CHUNK + 1, 9_000])
 @pytest.mark.parametrize('case', reference.CASES)
 def test_update_rows(case, lanes):
-  check_update(reference.make(case, 0.05), lanes, dim=16)
+  check_update(reference.make(case, 0.05), lanes, dim=16, cancels=case == 'adamasync_rmsprop')
 
 
 @pytest.mark.parametrize('dim', [1, 8, 20])
 @pytest.mark.parametrize('case', reference.CASES)
 def test_update_rows_of_other_widths(case, dim):
-  check_update(reference.make(case, 0.05), 3_000, dim)
+  check_update(reference.make(case, 0.05), 3_000, dim, cancels=case == 'adamasync_rmsprop')
 
 
 def test_update_rows_by_what_no_kernel_knows():
-  check_update(optax.rmsprop(0.05, momentum=0.9), 3_000, dim=16)
+  check_update(optax.rmsprop(0.05, momentum=0.9), 3_000, dim=16, cancels=True)
 
 
 @pytest.mark.parametrize('case', reference.CASES)
 def test_update_rows_by_a_schedule(case):
-  check_update(reference.make(case, lambda count: 0.05 / (1 + count)), 3_000, dim=16)
+  tx = reference.make(case, lambda count: 0.05 / (1 + count))
+  check_update(tx, 3_000, dim=16, cancels=case == 'adamasync_rmsprop')
 
 
 @pytest.mark.parametrize('case', reference.CASES)
