@@ -21,6 +21,7 @@ from jaxtyping import Int32
 
 NAME = 'devices'
 CUT = PartitionSpec(NAME)  # the leading axis of an array: examples of a batch, rows of a table
+CUT_STACK = PartitionSpec(None, NAME)  # the second one: examples of each of a stack of batches
 WHOLE = PartitionSpec()  # every device has all of it
 # Numbers at most whose sum every device takes of all; of more, it takes that of its part, and tells the others.
 FEW = 4096
@@ -111,19 +112,21 @@ class Axis:
     # check_vma=False: the C++ kernels do not say which of their results are the same on all devices.
     return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
-  def put(self, tree: Any, multiple: int = 1) -> Any:
-    """Arrays of this process as its part of arrays of all processes, cut among the devices.
+  def put(self, tree: Any, multiple: int = 1, stacked: bool = False) -> Any:
+    """Arrays of this process as its part of arrays of all processes, cut among the devices by examples.
 
-    Where an array is not so many times a `multiple` long as this process has devices, zeros are put after it.
+    Their leading axis is that of the examples, or, if they are `stacked`, the one after it. Where it is not so many
+    times a `multiple` long as this process has devices, zeros are put after it.
     """
     if not self.mesh:
       return jax.device_put(tree)
-    sharding, multiple = NamedSharding(self.mesh, CUT), multiple * len(self.mesh.local_devices)
+    sharding = NamedSharding(self.mesh, CUT_STACK if stacked else CUT)
+    examples, multiple = int(stacked), multiple * len(self.mesh.local_devices)
 
     def put(leaf: np.ndarray) -> Array:
-      more = -len(leaf) % multiple
+      more = -leaf.shape[examples] % multiple
       if more:
-        leaf = np.concatenate([leaf, np.zeros((more, *leaf.shape[1:]), leaf.dtype)])
+        leaf = np.pad(leaf, [(0, more if axis == examples else 0) for axis in range(leaf.ndim)])
       return jax.make_array_from_process_local_data(sharding, leaf)
 
     return jax.tree.map(put, tree)

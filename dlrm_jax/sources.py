@@ -72,7 +72,7 @@ def train_batches(
       sources.train, sources.reading, spec.batch_size, spec.seed, jax.process_index(), jax.process_count(), position
     )
   batches = Stacked(batches, stack) if stack else batches
-  place = functools.partial(axis.put, multiple=spec.micro_batch)
+  place = functools.partial(axis.put, multiple=spec.micro_batch, stacked=stack > 1)
   return stage(batches, place, STAGE_DEPTH, background=spec.smartstaged)
 
 

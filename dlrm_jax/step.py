@@ -11,7 +11,7 @@ from jax import Array
 from jaxtyping import Float
 
 from dlrm_jax.program import Program
-from dlrm_jax.sharding import CUT, WHOLE, after
+from dlrm_jax.sharding import CUT, CUT_STACK, WHOLE, after
 from dlrm_jax.state import state_specs
 from dlrm_jax.structs import Batch, TrainState
 
@@ -166,8 +166,12 @@ def jit_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[Trai
 
 
 def jit_train_steps(program: Program) -> Callable[[TrainState, Batch, int, int], tuple[TrainState, Metrics]]:
-  """`train_steps` on one device, compiled, as `jit_train_step` is."""
-  return jax.jit(functools.partial(train_steps, program), donate_argnums=0, compiler_options=_options(program))
+  """`train_steps`, compiled, as `jit_train_step` is."""
+  specs = state_specs(program)
+  steps = program.axis.over(
+    functools.partial(train_steps, program), (specs, CUT_STACK, WHOLE, WHOLE), (specs, WHOLE)
+  )
+  return jax.jit(steps, donate_argnums=0, compiler_options=_options(program))
 
 
 def jit_predict(program: Program) -> Callable[[TrainState, Batch], tuple[Array, Array, Array]]:

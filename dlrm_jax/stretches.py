@@ -40,8 +40,9 @@ class Stretch(NamedTuple):
 
 
 def stack_size(program: Program) -> int:
-  """Batches of a stack. One where there are several devices: in a loop of XLA's they would get out of step."""
-  return 1 if program.axis.mesh else max(1, min(MOST_STEPS, MOST_EXAMPLES // program.spec.batch_size))
+  """Batches of a stack."""
+  examples = -(-program.spec.batch_size // program.axis.size)  # of a device
+  return max(1, min(MOST_STEPS, MOST_EXAMPLES // examples))
 
 
 class Stacked:

@@ -23,6 +23,7 @@ ROOM = {'embedding__rows': 48 * 512, 'embedding__admission__expected_ids': 48 * 
 BLOOM = {'embedding__admission__name': 'counting_bloom', 'embedding__admission__expected_ids': 200_000}
 DYNAMIC = {'embedding__kind': 'dynamic'} | ROOM
 CUT_ALL = {'embedding__shard_mb': 0.0}
+ROUTED = {'embedding__exchange': 'all_to_all'}
 CASES = {
   'held by all': {},
   'static': CUT_ALL,
@@ -30,7 +31,9 @@ CASES = {
   'all rows': CUT_ALL | {'optimizer__table_update': 'all', 'optimizer__name': 'adam'},
   'network': CUT_ALL | {'model__shard_kb': 0.01, 'optimizer__name': 'adagraddecay'},
   'dot, slices': CUT_ALL | {'model__interaction': 'dot', 'micro_batch': 2},
-  'all to all': CUT_ALL | {'embedding__exchange': 'all_to_all'},
+  'all to all': CUT_ALL | ROUTED,
+  'all to all, counter': DYNAMIC | COUNTER | ROUTED,
+  'all to all, adaptive': DYNAMIC | COUNTER | CUT_ALL | ROUTED | {'embedding__kind': 'adaptive'},
   'multi-hash': CUT_ALL | {'embedding__kind': 'multi_hash', 'embedding__multi_hash__full_below': 0},
   'dynamic': DYNAMIC,
   'counter': DYNAMIC | COUNTER,

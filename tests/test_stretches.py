@@ -1,5 +1,6 @@
 """Steps done in one call are the steps done one by one, wherever they are cut; and they end where something is due."""
 
+import functools
 import types
 
 import jax
@@ -28,11 +29,23 @@ def cut_at(program, stack, places):
   return jax.device_get(state), metrics
 
 
-@pytest.mark.parametrize('case', ['static', 'bfloat16', 'dot, slices', 'multi-hash', 'width', 'adaptive'])
-def test_a_stack_is_its_steps_one_by_one_and_may_be_cut_anywhere(case):
-  program = make_program(small_spec('data', 'result', **CASES[case]))
+@pytest.mark.parametrize(
+  ('case', 'number'),
+  [
+    *((case, 1) for case in ('static', 'bfloat16', 'dot, slices', 'multi-hash', 'width', 'adaptive')),
+    *((case, 2) for case in ('static', 'all to all')),
+    *(
+      pytest.param(case, 4, marks=pytest.mark.slow)
+      for case in ('network', 'dot, slices', 'all to all', 'counter', 'all to all, counter', 'all to all, adaptive')
+    ),
+  ],
+)
+def test_a_stack_is_its_steps_one_by_one_and_may_be_cut_anywhere(case, number):
+  spec = small_spec('data', 'result', **CASES[case])
+  program = make_program(spec, devices(number))
+  put = functools.partial(program.axis.put, multiple=spec.micro_batch)
   batches = [make_batch(seed, padding=seed) for seed in range(STEPS)]
-  stack = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+  stack = put(jax.tree.map(lambda *leaves: np.stack(leaves), *batches), stacked=True)
   whole, metrics = cut_at(program, stack, [])
   parts, of_parts = cut_at(program, stack, [1, 4])
   jax.tree.map(np.testing.assert_array_equal, whole, parts)
@@ -41,7 +54,7 @@ def test_a_stack_is_its_steps_one_by_one_and_may_be_cut_anywhere(case):
 
   state, step, losses = init_state(program), jit_train_step(program), []
   for batch in batches:
-    state, of = step(state, batch)
+    state, of = step(state, put(batch))
     losses.append((float(of['loss']), float(of['examples'])))
   examples = sum(number for _, number in losses)
   mean = sum(loss * number for loss, number in losses) / examples
@@ -52,21 +65,27 @@ def test_a_stack_is_its_steps_one_by_one_and_may_be_cut_anywhere(case):
   jax.tree.map(np.testing.assert_array_equal, of_ids(parts.known), of_ids(jax.device_get(state.known)))
 
 
-@pytest.mark.parametrize('kind', ['static', 'dynamic', 'adaptive'])
-def test_a_stack_needs_no_memory_of_the_size_of_the_tables(kind):
+@pytest.mark.parametrize(
+  ('kind', 'number'),
+  [('static', 1), ('dynamic', 1), ('adaptive', 1), ('static', 4), pytest.param('dynamic', 4, marks=pytest.mark.slow)],
+)
+def test_a_stack_needs_no_memory_of_the_size_of_the_tables(kind, number):
   fields = {'embedding__kind': kind, 'embedding__buckets': (40_000,), 'embedding__rows': 26 * 40_000}
-  program = make_program(small_spec('data', 'result', **fields, **(COUNTER if kind == 'adaptive' else {})))
-  state, table = abstract_state(program), 26 * 40_000 * program.spec.embedding.dim * 4
+  fields |= COUNTER if kind == 'adaptive' else {}
+  program = make_program(small_spec('data', 'result', **fields, embedding__exchange='all_to_all'), devices(number))
+  # A device's part.
+  state, table = abstract_state(program), 26 * 40_000 * program.spec.embedding.dim * 4 / number
   stack = jax.eval_shape(lambda: jax.tree.map(lambda leaf: jnp.stack([leaf] * STEPS), make_batch(0)))
   memory = jit_train_steps(program).lower(state, stack, 0, STEPS).compile().memory_analysis()
-  assert memory.temp_size_in_bytes < table / 10
+  assert memory.temp_size_in_bytes < table / (10 if number == 1 else 2)
   assert memory.alias_size_in_bytes > 3 * table
 
 
 def test_the_size_of_a_stack():
   of = lambda size, axis=ALONE: stack_size(make_program(small_spec('data', 'result', batch_size=size), axis))
   assert [of(size) for size in (8, 512, 1024, 4096, MOST_EXAMPLES + 1)] == [MOST_STEPS, MOST_STEPS, 10, 2, 1]
-  assert of(512, devices(2)) == 1
+  # Of a device.
+  assert [of(size, devices(2)) for size in (512, 2048, 8192)] == [MOST_STEPS, 10, 2]
 
 
 class Batches:
@@ -102,10 +121,10 @@ def test_a_stack_that_cannot_be_filled_ends_the_batches():
   assert [[place.position for place in places] for _, places in Stacked(Batches(7), 3)] == [[0, 1, 2], [3, 4, 5]]
 
 
-def test_large_batches_and_several_devices_go_one_by_one():
-  program = make_program(small_spec('data', 'result'), devices(2))
-  state, put = init_state(program), program.axis.put
-  stretches = Stretches(Stacked(Batches(3, lambda seed: put(make_batch(seed))), stack_size(program)))
+def test_large_batches_go_one_by_one():
+  program = make_program(small_spec('data', 'result', batch_size=MOST_EXAMPLES + 1))
+  assert stack_size(program) == 1
+  state, stretches = init_state(program), Stretches(Stacked(Batches(3, make_batch), 1))
   for seed in range(3):
     stretch = stretches.take(5)
     state, metrics = jit_train_stretch(program)(state, stretch)
