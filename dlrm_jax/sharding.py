@@ -52,7 +52,7 @@ class Axis:
     return jax.tree.map(self._sum, tree) if self.mesh else tree
 
   def _sum(self, x: Array) -> Array:
-    if x.size <= FEW:
+    if x.size <= FEW or self.size == 2:  # of two devices, each has all that it takes after one message
       return self._add(self._all(x))
     flat = jnp.pad(x.reshape(-1), (0, -x.size % self.size))
     return self.gather(self.scatter_sum(flat))[: x.size].reshape(x.shape)

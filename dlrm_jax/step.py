@@ -168,9 +168,7 @@ def jit_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[Trai
 def jit_train_steps(program: Program) -> Callable[[TrainState, Batch, int, int], tuple[TrainState, Metrics]]:
   """`train_steps`, compiled, as `jit_train_step` is."""
   specs = state_specs(program)
-  steps = program.axis.over(
-    functools.partial(train_steps, program), (specs, CUT_STACK, WHOLE, WHOLE), (specs, WHOLE)
-  )
+  steps = program.axis.over(functools.partial(train_steps, program), (specs, CUT_STACK, WHOLE, WHOLE), (specs, WHOLE))
   return jax.jit(steps, donate_argnums=0, compiler_options=_options(program))
 
 

@@ -56,7 +56,7 @@ class Runs:
     return cut | ({'buckets': (self._buckets,)} if self._buckets else {})
 
   def rate(
-    self, config: str, share: int, processes: int, exchange: str = 'gather', inside: Sequence[str] = (), core: int = 0
+    self, config: str, share: int, processes: int, exchange: str = EXCHANGES[0], inside: Sequence[str] = (), core: int = 0
   ) -> float:
     """Samples/s of so many processes with `share` examples each, in namespaces if `inside`; from this core on."""
     cores = sorted(os.sched_getaffinity(0))[core:][: min(processes, CORES)]
@@ -101,15 +101,15 @@ def measure_speed(
   for config, share in itertools.product(configs, shares):
     if config == 'baseline' and share != shares[0]:
       continue
-    of, what = speed.setdefault(f'{config}, gather, {share}', {}), f'{config}, {share} examples'
+    of, what = speed.setdefault(f'{config}, {EXCHANGES[0]}, {share}', {}), f'{config}, {share} examples'
     for processes in PROCESSES if first or config != 'baseline' else ():
       add(of, str(processes), runs.rate(config, share, processes), what)
     if first:
       add(of, 'apart', runs.apart(config, share), what)
     if first and config == 'base' and share == shares[0]:
-      routed = speed.setdefault(f'{config}, all_to_all, {share}', {})
+      other = speed.setdefault(f'{config}, {EXCHANGES[1]}, {share}', {})
       for processes in PROCESSES[1:]:
-        add(routed, str(processes), runs.rate(config, share, processes, 'all_to_all'), f'{what}, all_to_all')
+        add(other, str(processes), runs.rate(config, share, processes, EXCHANGES[1]), f'{what}, {EXCHANGES[1]}')
 
 
 def add(rates: Rates, key: str, rate: float, what: str) -> None:

@@ -12,7 +12,8 @@ from experiments.scaling_parts import TABLES_SHARE
 
 CORES = 2  # that all processes of this machine divide, however many it has
 PROCESSES = (1, 2, 4)
-EXCHANGES = ('gather', 'all_to_all', 'none')  # none: every process holds all tables
+# The first is what `auto` takes; none: every process holds all tables.
+EXCHANGES = ('all_to_all', 'gather', 'none')
 # The first shows what the namespaces cost; the last is that of the machines predicted, too.
 NETWORKS = (Network(), Network(1e9 / 8), Network(1e9 / 8, 0.5e-3), Network(10e9 / 8, 0.1e-3))
 # The rows of the seed's table of distributed training.
@@ -31,12 +32,12 @@ def predictions(record: dict[str, Any]) -> list[dict[str, Any]]:
       out.append(predict(record, key, processes, 'loopback', Network(), of[str(processes)]))
   for network in NETWORKS:
     for processes, rates in on_network.get('speed', {}).get(str(network), {}).items():
-      key = f'{on_network["config"]}, gather, {on_network["share"]}'
+      key = f'{on_network["config"]}, {EXCHANGES[0]}, {on_network["share"]}'
       out.append(predict(record, key, int(processes), 'namespaces', network, rates))
   for key, processes, exchange in itertools.product(record['speed'], record['devices'], EXCHANGES):
     config, of_key, share = key.split(', ')
     known = str(processes) in record['collectives'].get(f'{of_parts(config)}, {exchange}', {})
-    if known and processes > PROCESSES[-1] and of_key == 'gather':
+    if known and processes > PROCESSES[-1] and of_key == EXCHANGES[0]:
       out.append(predict(record, f'{config}, {exchange}, {share}', processes, 'machines', NETWORKS[-1], ()))
   return out
 
@@ -46,7 +47,7 @@ def predict(
 ) -> dict[str, Any]:
   """A row of `predictions`. key: config, exchange and share; where: loopback, namespaces or machines of one core."""
   config, exchange, share = key.split(', ')
-  parts, alone = f'{of_parts(config)}, {exchange}', record['speed'][f'{config}, gather, {share}']
+  parts, alone = f'{of_parts(config)}, {exchange}', record['speed'][f'{config}, {EXCHANGES[0]}, {share}']
   # On this machine another process works beside it.
   beside = where != 'machines'
   work = (2 if beside else 1) * int(share) / statistics.median(alone['apart' if beside else '1'])
@@ -108,7 +109,7 @@ def render_carried(collectives: dict[str, dict[str, dict[str, Sequence[int]]]]) 
 
 
 def render_frameworks(record: dict[str, Any], predicted: Sequence[dict[str, Any]]) -> str:
-  """The seed's table of distributed training, with the smallest share, and the exchange that `auto` takes."""
+  """The seed's table of distributed training, with the smallest share, and the first exchange that there is."""
   share, rows = min(row['share'] for row in predicted), []
   places = dict.fromkeys((row['processes'], row['where']) for row in predicted if row['where'] != 'namespaces')
   for processes, where in sorted(places):
@@ -118,8 +119,7 @@ def render_frameworks(record: dict[str, Any], predicted: Sequence[dict[str, Any]
       found = [row for row in predicted if key.items() <= row.items()]
       if not found:
         continue
-      # From 8 devices on `auto` is the second; where the tables cannot be cut there is only the last.
-      row = next((row for row in found if row['exchange'] == 'all_to_all' and where == 'machines'), found[0])
+      row = min(found, key=lambda row: EXCHANGES.index(row['exchange']))
       rate, how = (row['measured'], 'measured') if row['measured'] else (row['predicted'], 'predicted')
       first = first or rate
       place = f'{processes} machines of one core, {row["network"]}' if where == 'machines' else f'{processes} processes'

@@ -106,18 +106,18 @@ def record():
   return {
     'devices': (2, 4, 10),
     'speed': {
-      'baseline, gather, 512': {name: [rate / 2 for rate in of] for name, of in rates.items()},
-      'base, gather, 512': rates, 'base, all_to_all, 512': routed, 'bf16, gather, 512': rates,
+      'baseline, all_to_all, 512': {name: [rate / 2 for rate in of] for name, of in rates.items()},
+      'base, all_to_all, 512': rates, 'base, gather, 512': routed, 'bf16, all_to_all, 512': rates,
     },
     'collectives': {
-      'baseline, gather': {'2': sent, '4': sent, '10': sent},
-      'base, gather': {'2': sent, '4': sent, '10': sent},
+      'baseline, all_to_all': {'2': sent, '4': sent, '10': sent},
       'base, all_to_all': {'2': sent, '4': sent, '10': sent},
+      'base, gather': {'2': sent, '4': sent, '10': sent},
     },
     'tables': {
-      'baseline, gather': {'1': 1.0, '2': 1.0, '4': 1.0, '10': 1.0},
-      'base, gather': {'1': 1.0, '2': 1.0, '4': 1.25, '10': 2.0},
-      'base, all_to_all': {'1': 1.0, '2': 2.0, '4': 2.0, '10': 1.25},
+      'baseline, all_to_all': {'1': 1.0, '2': 1.0, '4': 1.0, '10': 1.0},
+      'base, all_to_all': {'1': 1.0, '2': 1.0, '4': 1.25, '10': 1.25},
+      'base, gather': {'1': 1.0, '2': 2.0, '4': 2.0, '10': 2.0},
     },
     'loopback': {'cost': FREE},
     'network': {
@@ -129,30 +129,30 @@ def record():
 def test_predictions_stand_beside_what_was_measured():
   predicted = scaling_tables.predictions(record())
   rows = {(row['config'], row['exchange'], row['processes'], row['where']): row for row in predicted}
-  two = rows['base', 'gather', 2, 'loopback']
+  two = rows['base', 'all_to_all', 2, 'loopback']
   assert (two['measured'], two['predicted']) == (900, 1024)  # a second each, and 512 examples
   assert two['error'] == pytest.approx(1024 / 900 - 1)
   # Two share a core, and the tables' part takes a quarter of a second more.
-  assert rows['bf16', 'gather', 4, 'loopback']['predicted'] == pytest.approx(4 * 512 / 2.5)
-  assert rows['base', 'all_to_all', 2, 'loopback']['predicted'] == pytest.approx(2 * 512 / 2)
-  assert rows['base', 'gather', 2, 'namespaces']['predicted'] == pytest.approx(1024 / (1 + 0.5e-3 + 50 / 125e6))
+  assert rows['bf16', 'all_to_all', 4, 'loopback']['predicted'] == pytest.approx(4 * 512 / 2.5)
+  assert rows['base', 'gather', 2, 'loopback']['predicted'] == pytest.approx(2 * 512 / 2)
+  assert rows['base', 'all_to_all', 2, 'namespaces']['predicted'] == pytest.approx(1024 / (1 + 0.5e-3 + 50 / 125e6))
   wire = 0.1e-3 + 0.9 * 100 / 1.25e9
-  assert rows['base', 'gather', 10, 'machines']['predicted'] == pytest.approx(5120 / (2 + wire))
   assert rows['base', 'all_to_all', 10, 'machines']['predicted'] == pytest.approx(5120 / (1.25 + wire))
-  assert rows['base', 'gather', 10, 'machines']['measured'] is None
+  assert rows['base', 'gather', 10, 'machines']['predicted'] == pytest.approx(5120 / (2 + wire))
+  assert rows['base', 'all_to_all', 10, 'machines']['measured'] is None
   assert ('base', 'none', 10, 'machines') not in rows
 
 
 def test_the_tables_say_what_is_measured_and_by_which_exchange():
   text = scaling_tables.render(json.loads(json.dumps(record())))
-  assert '| base | gather | 512 | 512 | 900 | 1,024 | 1,024 | 1.76 | 1.14 |' in text
-  assert '| base | all_to_all | 512 |  | 500 | 600 |  |  | 1.20 |' in text
-  assert '| base | gather | 512 | 2, loopback | no limit, 0 ms | 900 | 1,024 | +14% |' in text
-  assert '| base | gather | 10 | 512 | 1 | 0.00 |' in text
-  assert '| 2 processes | dlrm_jax | gloo | gather | FP32 | 900 (2.00x) | measured |' in text
+  assert '| base | all_to_all | 512 | 512 | 900 | 1,024 | 1,024 | 1.76 | 1.14 |' in text
+  assert '| base | gather | 512 |  | 500 | 600 |  |  | 1.20 |' in text
+  assert '| base | all_to_all | 512 | 2, loopback | no limit, 0 ms | 900 | 1,024 | +14% |' in text
+  assert '| base | all_to_all | 10 | 512 | 1 | 0.00 |' in text
+  assert '| 2 processes | dlrm_jax | gloo | all_to_all | FP32 | 900 (2.00x) | measured |' in text
   place = '10 machines of one core, 10 Gbit/s, 0.1 ms'
   assert f'| {place} | dlrm_jax | gloo | all_to_all | FP32+BF16 | 4,096 (1.60x) | predicted |' in text
-  assert "| dlrm_jax, the community's settings | gloo | gather | FP32 | 450 (baseline) | measured |" in text
+  assert "| dlrm_jax, the community's settings | gloo | all_to_all | FP32 | 450 (baseline) | measured |" in text
 
 
 def test_without_namespaces_the_tables_say_so():

@@ -18,9 +18,7 @@ def no_counts(columns: int) -> Counts:
   return Counts(*zeros, asked=jnp.zeros((2, columns), jnp.uint32))
 
 
-def lookups_of(
-  columns: int, wanted: Bool[Array, 'N'], refused: Bool[Array, 'N'], unplaced: Bool[Array, 'N']
-) -> Counts:
+def lookups_of(columns: int, wanted: Bool[Array, 'N'], refused: Bool[Array, 'N'], unplaced: Bool[Array, 'N']) -> Counts:
   """What lookups add to the counts: example by example, each with all columns of the table. What is not wanted is not
   counted."""
   number = lambda lanes: jnp.sum(lanes.reshape(-1, columns), axis=0, dtype=jnp.uint32)

@@ -86,7 +86,7 @@ class Dynamic(Static):
         own = batch.replace(key=after(batch.key, (sent, seeds)))
         tables_[name], new, rows[name] = self.resolve_routed(name, tables_[name], old, own, seeds, claim)
         known[name] = together(self.axis, old, new)
-        sent = known[name].counts.lookups
+        sent = known[name].counts.lookups, rows[name].asked
       else:
         seeds = self.axis.gather(seeds)
         tables_[name], new, rows[name] = self.resolve_everyones(name, tables_[name], old, all_, seeds, claim)
@@ -123,12 +123,19 @@ class Dynamic(Static):
       # Two numbers past the last row say why there is none.
       return (table, known), jnp.where(found.unplaced, none + 1, jnp.where(found.refused, none, found.row))
 
-    sent = *take(ids, distinct.lane), distinct.times, *(seed[distinct.lane] for seed in seeds)
-    nobody, sent = jnp.full_like(way.row, none), [(part, 0) for part in sent]
-    (table, known), row = exchange.hand_over(self.axis, way, sent, (table, known), answer, nobody, self.exchanges)
+    things = *take(ids, distinct.lane), distinct.times, *(seed[distinct.lane] for seed in seeds)
+    (table, known), row = self.handed_over(way, things, (table, known), answer, none)
     said = exchange.by_lookup(way, row, none).reshape(-1)
     known = with_lookups(known, lookups_of(len(columns), wanted, wanted & (said == none), said == none + 1))
-    return table, known, way._replace(row=jnp.minimum(row, none))
+    return table, known, exchange.with_rows(self.axis, way, jnp.minimum(row, none), none, self.exchanges)
+
+  def handed_over(
+    self, way: exchange.Route, things: Sequence[Array], state: Any, take: Callable[..., Any], none: int
+  ) -> tuple[Any, Int32[Array, 'K']]:
+    """The owners' new state, and the rows that they answer to what this device sends, see `exchange.hand_over`."""
+    send = exchange.send_things(self.axis, way, things, self.exchanges)
+    nothing, nobody = (0,) * len(things), jnp.full_like(way.row, none)
+    return exchange.hand_over(self.axis, way, send(0), send, nothing, state, take, nobody)
 
   def claimed(
     self,
@@ -166,7 +173,7 @@ class Dynamic(Static):
       if self.is_routed(name):
         own = batch.replace(key=after(batch.key, sent))
         rows[name] = self.find_routed(name, known[name].directory, own)
-        sent = rows[name].row
+        sent = rows[name].asked
       else:
         ids, wanted = wanted_ids(all_, table)
         row = find(known[name].directory, ids, wanted, self.directories, self.shard(name))
@@ -183,9 +190,8 @@ class Dynamic(Static):
       key, feature, times = received
       return state, find(directory, Ids(key, feature), times > 0, self.directories, self.shard(name))
 
-    sent = [(part, 0) for part in (*take(ids, distinct.lane), distinct.times)]
-    _, row = exchange.hand_over(self.axis, way, sent, (), look, jnp.full_like(way.row, none), self.exchanges)
-    return way._replace(row=row)
+    _, row = self.handed_over(way, (*take(ids, distinct.lane), distinct.times), (), look, none)
+    return exchange.with_rows(self.axis, way, row, none, self.exchanges)
 
   def found(self, known: Vocabularies, batch: Batch, rows: dict[str, Any], sent: Any) -> Found:
     """What the own rows of a batch's lookups come to, after what was sent."""

@@ -27,8 +27,6 @@ from dlrm_jax.structs import Batch, Table, Vocabulary
 Tables = dict[str, Table]
 Vocabularies = dict[str, Vocabulary]
 
-# Devices from which on `exchange` auto is all_to_all.
-MANY_DEVICES = 8
 # Arrays of a `Vocabulary` that are not by row.
 SHARED = ('counts', 'least')
 
@@ -108,7 +106,7 @@ class Static:
         rows[name] = exchange.route(self.axis, table.rows, row, self.exchanges)
       else:
         rows[name] = self.here(name, table.rows, table.resolve(all_.bucket, all_.weight))
-    return Found(rows)
+    return Found(rows).after(rows)
 
   def on_the_way(self, name: str, rows: int, row: Int32[Array, 'b columns']) -> Any:
     """Lookups of this device's examples in a whole table of so many rows, as `Found.rows` has them."""
@@ -128,8 +126,7 @@ class Static:
 
   def is_routed(self, name: str) -> bool:
     """Whether lookups go to the device that has their row; otherwise, all go to all."""
-    wanted = self.spec.exchange
-    return self.is_cut(name) and (wanted == 'all_to_all' or (wanted == 'auto' and self.axis.size >= MANY_DEVICES))
+    return self.is_cut(name) and self.spec.exchange != 'gather'
 
   def everyones(self, batch: Batch) -> Batch:
     """The ids of all devices' batches."""

@@ -1,6 +1,5 @@
 """The tables of a model: first values, and columns in their order."""
 
-
 import jax
 import jax.numpy as jnp
 import optax

@@ -6,8 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#include "parallel.h"
-#include "places.h"
+#include "merging.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -91,11 +90,13 @@ ffi::Error Add(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> place_in, ffi::Buffer
     const int64_t from = part * places / parts, to = (part + 1) * places / parts;
     float* total = out->typed_data();
     std::memset(total + from * dim, 0, (to - from) * dim * sizeof(float));
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      if (place[lane] < from || place[lane] >= to) continue;
-      const float* value = values.typed_data() + lane * dim;
-      for (int64_t i = 0; i < dim; ++i) total[place[lane] * dim + i] += value[i];
-    }
+    dlrm::WithDim(dim, [&](auto width) {
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        if (place[lane] < from || place[lane] >= to) continue;
+        const float* value = values.typed_data() + lane * width;
+        for (int64_t i = 0; i < width; ++i) total[place[lane] * width + i] += value[i];
+      }
+    });
   });
   return ffi::Error::Success();
 }
