@@ -56,7 +56,13 @@ class Runs:
     return cut | ({'buckets': (self._buckets,)} if self._buckets else {})
 
   def rate(
-    self, config: str, share: int, processes: int, exchange: str = EXCHANGES[0], inside: Sequence[str] = (), core: int = 0
+    self,
+    config: str,
+    share: int,
+    processes: int,
+    exchange: str = EXCHANGES[0],
+    inside: Sequence[str] = (),
+    core: int = 0,
   ) -> float:
     """Samples/s of so many processes with `share` examples each, in namespaces if `inside`; from this core on."""
     cores = sorted(os.sched_getaffinity(0))[core:][: min(processes, CORES)]
