@@ -72,7 +72,7 @@ def get_config() -> ConfigDict:
   c.embedding.shard_mb = 8.0  # several devices share out tables whose vectors have so many MB; all hold smaller ones
 
   # Of tables that devices share out. gather: every device sees all lookups; all_to_all: each lookup goes to the device
-  # that has its row; auto: all_to_all
+  # that has its row; auto: all_to_all, but without fusion only from 8 devices on
   c.embedding.exchange = 'auto'
 
   # Kind multi_hash: a vector is made of the rows of bucket mod m and of bucket // m; no two buckets share both.

@@ -210,6 +210,17 @@ def test_logits_have_the_same_bits_on_any_number_of_devices(case, native):
   np.testing.assert_array_equal(logits[0], logits[2])
 
 
+def test_lookups_are_routed_unless_that_is_slow_to_compile():
+  def routed(number, **fields):
+    spec = small_spec('data', 'result', embedding__shard_mb=0.0, **fields)
+    embeddings = make_program(spec, Axis(jax.sharding.AbstractMesh((number,), (NAME,)))).embeddings
+    return {embeddings.is_routed(name) for name in embeddings.names}
+
+  assert routed(2) == routed(8) == routed(8, embedding__fusion=False) == {True}
+  assert routed(4, embedding__fusion=False) == routed(8, embedding__exchange='gather') == {False}
+  assert routed(2, embedding__fusion=False, embedding__exchange='all_to_all') == {True}
+
+
 def test_every_device_has_an_equal_part_of_the_rows():
   program = make_program(small_spec('data', 'result', **DYNAMIC), devices(4))
   state = init_state(program)

@@ -27,6 +27,8 @@ from dlrm_jax.structs import Batch, Table, Vocabulary
 Tables = dict[str, Table]
 Vocabularies = dict[str, Vocabulary]
 
+# Devices from which on `exchange` auto is all_to_all for tables of a column each, too: 26 compile three times as long.
+MANY_DEVICES = 8
 # Arrays of a `Vocabulary` that are not by row.
 SHARED = ('counts', 'least')
 
@@ -126,7 +128,10 @@ class Static:
 
   def is_routed(self, name: str) -> bool:
     """Whether lookups go to the device that has their row; otherwise, all go to all."""
-    return self.is_cut(name) and self.spec.exchange != 'gather'
+    wanted = self.spec.exchange
+    if wanted == 'auto':
+      wanted = 'all_to_all' if self.spec.fusion or self.axis.size >= MANY_DEVICES else 'gather'
+    return self.is_cut(name) and wanted == 'all_to_all'
 
   def everyones(self, batch: Batch) -> Batch:
     """The ids of all devices' batches."""
