@@ -7,7 +7,7 @@ and every word between devices is one of `Axis`'s. On one device each of them is
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax import Array
 from jax.experimental import multihost_utils
 from jax.flatten_util import ravel_pytree
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Int32
+from jaxtyping import Int32, UInt32
 
 NAME = 'devices'
 CUT = PartitionSpec(NAME)  # the leading axis of an array: examples of a batch, rows of a table
@@ -71,12 +71,8 @@ class Axis:
     leaves, structure = jax.tree.flatten(tree)
     if len(leaves) < 2 or any(leaf.dtype.itemsize != 4 for leaf in leaves):
       return jax.tree.map(lambda x: self._all(x).reshape(-1, *x.shape[1:]), tree)
-    rows = [jax.lax.bitcast_convert_type(leaf, jnp.uint32).reshape(len(leaf), -1) for leaf in leaves]
-    together = self.gather(jnp.concatenate(rows, axis=1))
-    ends = itertools.accumulate(row.shape[1] for row in rows)
-    parts = [together[:, end - row.shape[1] : end] for row, end in zip(rows, ends, strict=True)]
-    whole = lambda part, leaf: jax.lax.bitcast_convert_type(part, leaf.dtype).reshape(-1, *leaf.shape[1:])
-    return structure.unflatten(map(whole, parts, leaves))
+    together, apart = packed(leaves)
+    return structure.unflatten(apart(self.gather(together)))
 
   def scatter_sum(self, x: Array) -> Array:
     """This device's part of the leading axis of the sum over the devices."""
@@ -140,6 +136,20 @@ class Axis:
 
 
 ALONE = Axis()
+
+
+def packed(leaves: Sequence[Array]) -> tuple[UInt32[Array, 'N W'], Callable[[Array], list[Array]]]:
+  """Arrays [N, ...] of 32-bit numbers as one, for one message; and what makes of rows of it, however many, arrays like
+  them."""
+  rows = [jax.lax.bitcast_convert_type(leaf, jnp.uint32).reshape(len(leaf), -1) for leaf in leaves]
+  ends = list(itertools.accumulate(row.shape[1] for row in rows))
+
+  def apart(together: Array) -> list[Array]:
+    parts = [together[:, end - row.shape[1] : end] for row, end in zip(rows, ends, strict=True)]
+    whole = lambda part, leaf: jax.lax.bitcast_convert_type(part, leaf.dtype).reshape(-1, *leaf.shape[1:])
+    return list(map(whole, parts, leaves))
+
+  return jnp.concatenate(rows, axis=1), apart
 
 
 def after(tree: Any, others: Any) -> Any:

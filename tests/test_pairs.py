@@ -59,7 +59,9 @@ AXES = {
   'fusion': {'fused': {}, 'apart': {
     'embedding.fusion': False, 'embedding.rows': 26 * 1024, 'embedding.admission.expected_ids': 26 * 1024
   }},
-  'devices': DEVICES | {'2': DEVICES['2'] | {'embedding.exchange': 'gather'}},
+  'devices': DEVICES | {
+    '2': DEVICES['2'] | {'embedding.exchange': 'gather'}, '4': DEVICES['4'] | {'embedding.exchange': 'all_to_all'}
+  },
   'kernels': {'native': {}, 'xla': {'native': False}},
 }  # fmt: skip
 # All combinations of these are rows, not pairs alone.

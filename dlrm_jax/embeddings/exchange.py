@@ -10,7 +10,6 @@ What a device tells each owner in the first round, and with it how many rounds i
 to answer: vectors and gradients are boxes in the same order.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from jaxtyping import Bool, Float, Int32, UInt32
 
 from dlrm_jax.embeddings.directory import Ids, owner_of
 from dlrm_jax.native.exchange import ExchangeKernels
-from dlrm_jax.sharding import Axis, after
+from dlrm_jax.sharding import Axis, after, packed
 from dlrm_jax.structs import Table
 
 SELDOM = 'further_rounds'  # in the names of operations that most steps leave out
@@ -145,17 +144,8 @@ def send_things(
   axis: Axis, way: Route, things: Sequence[Array], kernels: ExchangeKernels
 ) -> Callable[[int | Array], list[Array]]:
   """What sends a round of arrays [K, ...] of 32-bit numbers in one message, 0 for nothing: `hand_over`'s `send`."""
-  words = [jax.lax.bitcast_convert_type(part, jnp.uint32).reshape(len(part), -1) for part in things]
-  ends = list(itertools.accumulate(word.shape[1] for word in words))
-  together = jnp.concatenate(words, axis=1)
-
-  def send(number: int | Array) -> list[Array]:
-    received = axis.swap(_boxes(axis, way, number, together, 0, kernels))
-    parts = [received[:, end - word.shape[1] : end] for end, word in zip(ends, words, strict=True)]
-    whole = lambda part, like: jax.lax.bitcast_convert_type(part, like.dtype).reshape(-1, *like.shape[1:])
-    return list(map(whole, parts, things))
-
-  return send
+  together, apart = packed(things)
+  return lambda number: apart(axis.swap(_boxes(axis, way, number, together, 0, kernels)))
 
 
 def hand_over(
