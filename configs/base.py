@@ -57,6 +57,7 @@ def get_config() -> ConfigDict:
   c.model.interaction = 'cat'  # cat: concatenate; dot: also all dot products between the 27 vectors
   c.model.shard_kb = 0.0  # several devices share out parameters of so many KB or more; 0: every one holds all of them
   c.model.dtype = 'float32'  # operands of the MLPs' matrix products: float32 or bfloat16 (sums are always float32)
+  c.model.reduce_dtype = 'float32'  # the MLPs' gradients as devices send them: float32; bfloat16: half the bytes
 
   # The embedding tables.
   c.embedding = ConfigDict()

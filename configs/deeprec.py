@@ -92,7 +92,7 @@ def get_config(flags: str = '') -> ConfigDict:
   config.optimizer.name = args.optimizer
   config.optimizer.learning_rate = args.learning_rate
   config.model.interaction = args.interaction_op
-  config.model.dtype = 'bfloat16' if args.bf16 else 'float32'
+  config.model.dtype = config.model.reduce_dtype = 'bfloat16' if args.bf16 else 'float32'
   config.model.shard_kb = float(args.dense_layer_partitioner)
   config.embedding.shard_mb = float(args.input_layer_partitioner)
   config.embedding.fusion = args.emb_fusion
@@ -150,7 +150,7 @@ def _embedding_variables(config: ConfigDict, args: argparse.Namespace) -> None:
 
 def _community_tensorflow(config: ConfigDict) -> None:
   # There, too, it wins over whatever other flags say.
-  config.model.dtype = 'float32'
+  config.model.dtype = config.model.reduce_dtype = 'float32'
   config.embedding.fusion = False
   config.smartstaged = False
   config.data.workqueue = False

@@ -51,18 +51,19 @@ class Axis:
     """The sum over the devices of each leaf. Its gradient is that of the sum of what all devices differentiate."""
     return jax.tree.map(self._sum, tree) if self.mesh else tree
 
-  def _sum(self, x: Array) -> Array:
+  def _sum(self, x: Array, dtype: str = 'float32') -> Array:
     if x.size <= FEW or self.size == 2:  # of two devices, each has all that it takes after one message
-      return self._add(self._all(x))
+      return self._add(self._all(narrowed(x, dtype)))
     flat = jnp.pad(x.reshape(-1), (0, -x.size % self.size))
-    return self.gather(self.scatter_sum(flat))[: x.size].reshape(x.shape)
+    whole = self.gather(narrowed(self.scatter_sum(flat, dtype), dtype))
+    return widened(whole)[: x.size].reshape(x.shape)
 
-  def sum_flat(self, tree: Any) -> Any:
-    """As `sum`, of float32 leaves, in one message."""
+  def sum_flat(self, tree: Any, dtype: str = 'float32') -> Any:
+    """As `sum`, of float32 leaves, in one message, in which the numbers are of this type."""
     if not self.mesh:
       return tree
     flat, unflatten = ravel_pytree(tree)
-    return unflatten(self.sum(flat))
+    return unflatten(self._sum(flat, dtype))
 
   def gather(self, tree: Any) -> Any:
     """The leaves of all devices, one after another along the leading axis; leaves of 32-bit numbers in one message."""
@@ -74,15 +75,15 @@ class Axis:
     together, apart = packed(leaves)
     return structure.unflatten(apart(self.gather(together)))
 
-  def scatter_sum(self, x: Array) -> Array:
-    """This device's part of the leading axis of the sum over the devices."""
+  def scatter_sum(self, x: Array, dtype: str = 'float32') -> Array:
+    """This device's part of the leading axis of the sum over the devices, to which numbers of this type are sent."""
     if not self.mesh:
       return x
-    return self._add(self.swap(x).reshape(self.size, -1, *x.shape[1:]))
+    return self._add(self.swap(narrowed(x, dtype)).reshape(self.size, -1, *x.shape[1:]))
 
   def _add(self, parts: Array) -> Array:
     """The sum of what every device gave, [devices, ...], in their order: XLA:CPU's own is several times as slow."""
-    return functools.reduce(jnp.add, (parts[device] for device in range(self.size)))
+    return functools.reduce(jnp.add, (widened(parts[device]) for device in range(self.size)))
 
   def most(self, x: Array) -> Array:
     """The largest of the devices' numbers."""
@@ -136,6 +137,21 @@ class Axis:
 
 
 ALONE = Axis()
+
+
+def narrowed(x: Array, dtype: str) -> Array:
+  """Numbers as they are sent: float32 ones as they are, or the bits of the nearest bfloat16.
+
+  As bits, since XLA:CPU makes bfloat16 numbers float32 before it sends them.
+  """
+  return x if dtype == 'float32' else jax.lax.bitcast_convert_type(x.astype(dtype), jnp.uint16)
+
+
+def widened(x: Array) -> Array:
+  """What `narrowed` made, as float32."""
+  if x.dtype != jnp.uint16:
+    return x
+  return jax.lax.bitcast_convert_type(x, jnp.bfloat16).astype(jnp.float32)
 
 
 def packed(leaves: Sequence[Array]) -> tuple[UInt32[Array, 'N W'], Callable[[Array], list[Array]]]:

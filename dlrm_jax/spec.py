@@ -79,6 +79,7 @@ class ModelSpec:
   interaction: str = _one_of('cat', 'dot')
   shard_kb: float = _at_least(0)
   dtype: str = _one_of('float32', 'bfloat16')
+  reduce_dtype: str = _one_of('float32', 'bfloat16')
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,8 +109,13 @@ def summed(program: Program, loss: Array, gradient: Any) -> tuple[Array, Any]:
     return loss, gradient
   leaves, structure = jax.tree.flatten(gradient)
   cut = [spec == CUT for spec in structure.flatten_up_to(state_specs(program).params)]
-  parts = [program.axis.scatter_sum(leaf) for leaf, is_cut in zip(leaves, cut, strict=True) if is_cut]
-  loss, *wholes = program.axis.sum_flat([loss, *(leaf for leaf, is_cut in zip(leaves, cut, strict=True) if not is_cut)])
+  dtype, axis = program.spec.model.reduce_dtype, program.axis
+  parts = [axis.scatter_sum(leaf, dtype) for leaf, is_cut in zip(leaves, cut, strict=True) if is_cut]
+  wholes = [leaf for leaf, is_cut in zip(leaves, cut, strict=True) if not is_cut]
+  if dtype == 'float32':
+    loss, *wholes = axis.sum_flat([loss, *wholes])
+  else:
+    loss, wholes = axis.sum(loss), axis.sum_flat(wholes, dtype)
   order = iter(parts), iter(wholes)
   return loss, structure.unflatten([next(order[0] if is_cut else order[1]) for is_cut in cut])
 

@@ -31,7 +31,7 @@ from experiments.scaling_tables import (
   NETWORKS,
   PROCESSES,
   Rates,
-  of_parts,
+  of_tables,
   predictions,
   render,
 )  # fmt: skip
@@ -142,21 +142,22 @@ def measure_networks(runs: Runs, config: str, share: int) -> dict[str, Any]:
 def measure_parts(
   runs: Runs, configs: Sequence[str], shares: Sequence[int], devices: Sequence[int], data: Path
 ) -> dict[str, Any]:
-  """The counts and the tables' part, by config and exchange. The config bf16 has those of base."""
+  """The counts and the tables' part, by config and exchange. The config bf16 has the tables of base."""
   out: dict[str, Any] = {'collectives': {}, 'tables': {}}
-  for config in dict.fromkeys(of_parts(config) for config in configs):
+  for config in dict.fromkeys((*configs, *map(of_tables, configs))):
     for exchange in EXCHANGES if config == 'base' else EXCHANGES[:1]:
       name, arguments = f'{config}, {exchange}', (runs.fields(exchange), data)
       common.say(f'parts of {name}')
       may = [count for count in devices if exchange == 'none' or PARTS % count == 0]
       few = [count for count in may if count <= TIMED]
-      of = shares if config == 'base' else shares[:1]
+      of = shares[:1] if config == 'baseline' else shares
       out['collectives'][name] = {
         str(count): common.in_process(scaling_parts.collectives, config, count, of, *arguments) for count in may
       }
-      out['tables'][name] = {
-        str(count): common.in_process(scaling_parts.tables_seconds, config, count, *arguments) for count in (1, *few)
-      }
+      if config == of_tables(config):
+        out['tables'][name] = {
+          str(count): common.in_process(scaling_parts.tables_seconds, config, count, *arguments) for count in (1, *few)
+        }
   return out
 
 
@@ -169,8 +170,8 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument('--shares', type=common.numbers, default=(512, 2048), help='examples of a process (512,2048)')
   parser.add_argument('--samples', type=int, default=65_536, help='timed, of a process in a run (65,536)')
   parser.add_argument('--repetitions', type=int, default=2, help='interleaved (2)')
-  text = 'processes that the model is asked for (2,4,10,96,100)'
-  parser.add_argument('--devices', type=common.numbers, default=(2, 4, 10, 96, 100), help=text)
+  text = 'processes that the model is asked for (2,4,8,10,16,96,100)'
+  parser.add_argument('--devices', type=common.numbers, default=(2, 4, 8, 10, 16, 96, 100), help=text)
   args = parser.parse_args(argv)
   data = common.check_data(args.data, 'train.csv')
   if common.CORES < CORES:

@@ -36,7 +36,7 @@ def predictions(record: dict[str, Any]) -> list[dict[str, Any]]:
       out.append(predict(record, key, int(processes), 'namespaces', network, rates))
   for key, processes, exchange in itertools.product(record['speed'], record['devices'], EXCHANGES):
     config, of_key, share = key.split(', ')
-    known = str(processes) in record['collectives'].get(f'{of_parts(config)}, {exchange}', {})
+    known = str(processes) in record['collectives'].get(f'{config}, {exchange}', {})
     if known and processes > PROCESSES[-1] and of_key == EXCHANGES[0]:
       out.append(predict(record, f'{config}, {exchange}, {share}', processes, 'machines', NETWORKS[-1], ()))
   return out
@@ -47,16 +47,16 @@ def predict(
 ) -> dict[str, Any]:
   """A row of `predictions`. key: config, exchange and share; where: loopback, namespaces or machines of one core."""
   config, exchange, share = key.split(', ')
-  parts, alone = f'{of_parts(config)}, {exchange}', record['speed'][f'{config}, {EXCHANGES[0]}, {share}']
+  alone = record['speed'][f'{config}, {EXCHANGES[0]}, {share}']
   # On this machine another process works beside it.
   beside = where != 'machines'
   work = (2 if beside else 1) * int(share) / statistics.median(alone['apart' if beside else '1'])
-  tables = {int(count): seconds for count, seconds in record['tables'][parts].items()}
+  tables = {int(count): seconds for count, seconds in record['tables'][f'{of_tables(config)}, {exchange}'].items()}
   cost = Cost(*record['network' if where == 'namespaces' else 'loopback']['cost'])
   seconds = scaling_model.step_seconds(
     work + scaling_model.growth(tables, processes) * int(share) / TABLES_SHARE,
-    Carried(*record['collectives'][parts][str(processes)][share]), cost, processes, CORES if beside else processes,
-    network,
+    Carried(*record['collectives'][f'{config}, {exchange}'][str(processes)][share]), cost, processes,
+    CORES if beside else processes, network,
   )  # fmt: skip
   predicted, measured = processes * int(share) / seconds, statistics.median(rates) if rates else None
   return {
@@ -129,6 +129,6 @@ def render_frameworks(record: dict[str, Any], predicted: Sequence[dict[str, Any]
   return common.table(header, rows)
 
 
-def of_parts(config: str) -> str:
-  """The config that has the same collectives and tables."""
+def of_tables(config: str) -> str:
+  """The config that has the same tables."""
   return 'base' if config == 'bf16' else config

@@ -41,6 +41,7 @@ def test_without_flags_only_buckets_learning_rate_and_partitioner_differ_from_ba
   ('flags', 'field', 'value'),
   [
     ('--bf16', 'model.dtype', 'bfloat16'),
+    ('--bf16', 'model.reduce_dtype', 'bfloat16'),
     ('--bf16=false', 'model.dtype', 'float32'),
     ('--emb_fusion false', 'embedding.fusion', False),
     ('--op_fusion=False', 'op_fusion', False),

@@ -100,7 +100,7 @@ def test_growth_is_as_measured_and_then_goes_on_in_a_line():
 
 def record():
   """Of two cores, where a step costs its work, and what it sends only what a network takes for it."""
-  sent = {'512': Carried(1, 100)}
+  sent, half = {'512': Carried(1, 100)}, {'512': Carried(1, 50)}
   rates = {'1': [512.0], '2': [960.0, 800.0, 900.0], '4': [1024.0], 'apart': [1024.0]}
   routed = {'2': [500.0], '4': [600.0]}
   return {
@@ -113,6 +113,7 @@ def record():
       'baseline, all_to_all': {'2': sent, '4': sent, '10': sent},
       'base, all_to_all': {'2': sent, '4': sent, '10': sent},
       'base, gather': {'2': sent, '4': sent, '10': sent},
+      'bf16, all_to_all': {'2': half, '4': half, '10': half},
     },
     'tables': {
       'baseline, all_to_all': {'1': 1.0, '2': 1.0, '4': 1.0, '10': 1.0},

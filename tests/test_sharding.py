@@ -312,3 +312,36 @@ def test_sums_of_few_and_of_many_numbers_are_those_of_numpy_with_their_gradients
   np.testing.assert_allclose(sums['b'], two.sum(0), rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(of_many, np.tile(asked.sum(0), (number, 1)), rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(of_two, np.full((number, 2), number), rtol=1e-5)
+
+
+@pytest.mark.parametrize('number', [2, 4])
+@pytest.mark.parametrize('size', [3, FEW + 3])
+def test_sums_of_bfloat16_messages_are_those_of_rounded_numbers(number, size):
+  """All devices have the same sum, in float32, of what each rounds; shared out among many, it is rounded once more."""
+  axis, many = devices(number), np.random.default_rng(8).normal(size=(number, size)).astype(np.float32)
+  rounded = lambda values: values.astype(jnp.bfloat16).astype(np.float32)
+  sums = axis.over(lambda many: axis.sum_flat([many[0]], 'bfloat16')[0][None], CUT, CUT)(many)
+  expected = functools.reduce(np.add, rounded(many))
+  if number > 2 and size > FEW:
+    expected = rounded(expected)
+  np.testing.assert_array_equal(sums, np.tile(expected, (number, 1)))
+
+
+@pytest.mark.parametrize(('number', 'shard_kb'), [(2, 0.0), (4, 0.01)])
+def test_bfloat16_messages_round_the_gradients_of_the_network_alone(number, shard_kb):
+  def step(dtype):
+    fields = CUT_ALL | {'optimizer__name': 'gradientdescent', 'optimizer__learning_rate': 1.0}
+    spec = small_spec('data', 'result', model__reduce_dtype=dtype, model__shard_kb=shard_kb, **fields)
+    program = make_program(spec, devices(number))
+    before = init_state(program)
+    params = jax.device_get(before.params)
+    after, metrics = jit_train_step(program)(before, program.axis.put(make_batch(0)))
+    gradient = jax.tree.map(np.subtract, params, jax.device_get(after.params))
+    return float(metrics['loss']), gradient, jax.device_get(after.tables)
+
+  (loss, exact, tables), (other_loss, rounded, other_tables) = step('float32'), step('bfloat16')
+  assert other_loss == loss
+  jax.tree.map(np.testing.assert_array_equal, other_tables, tables)
+  for one, other in zip(jax.tree.leaves(exact), jax.tree.leaves(rounded), strict=True):
+    np.testing.assert_allclose(other, one, atol=2**-7 * np.abs(one).max())
+  assert any((one != other).any() for one, other in zip(jax.tree.leaves(exact), jax.tree.leaves(rounded), strict=True))

@@ -66,6 +66,7 @@ def test_a_single_number_of_buckets_stands_for_all_columns():
     ('model.bottom_mlp', (512, 0), ['config.model.bottom_mlp', 'at least 1']),
     ('model.interaction', 'sum', ["interaction='sum'", 'cat, dot']),
     ('model.dtype', 'float16', ['dtype', 'float32, bfloat16']),
+    ('model.reduce_dtype', 'float16', ['reduce_dtype', 'float32, bfloat16']),
     ('embedding.kind', 'magic', ['embedding.kind', 'static']),
     ('embedding.buckets', (1, 2), ['embedding.buckets', '26']),
     ('embedding.buckets', (2**31,), ['embedding.buckets', '2**31']),

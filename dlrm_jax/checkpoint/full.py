@@ -42,7 +42,7 @@ MODEL_FIELDS = (
   *KEYED_FIELDS,
 )
 # How a model computes, not what it is: bf16 may go on from f32.
-FREE_FIELDS = ('model.dtype', 'model.shard_kb', 'embedding.width.every')
+FREE_FIELDS = ('model.dtype', 'model.reduce_dtype', 'model.shard_kb', 'embedding.width.every')
 
 
 class CheckpointError(ValueError):
