@@ -42,7 +42,7 @@ def operands(shape, seed=0):
 
 def loss_and_gradients(kernels, shape, dtype, arrays):
   """The loss, and its gradients by parameters, bottom and vectors."""
-  model = DLRM(ModelSpec((1,), shape[3], True, 'cat', 0, dtype), kernels)
+  model = DLRM(ModelSpec((1,), shape[3], True, 'cat', 0, dtype, 'float32'), kernels)
 
   def loss(params, bottom, vectors):
     return model.apply({'params': params}, bottom, vectors, *arrays[3:], method='loss')
@@ -110,7 +110,7 @@ def test_logits_of_any_size(logit):
 
 
 def test_dot_is_left_to_the_layers():
-  spec = ModelSpec((16, 8), (32,), True, 'dot', 0, 'float32')
+  spec = ModelSpec((16, 8), (32,), True, 'dot', 0, 'float32', 'float32')
   rng = np.random.default_rng(0)
   dense, vectors = jnp.float32(rng.normal(size=(64, 13))), jnp.float32(rng.normal(size=(64, 26, 8)))
   label, weight = jnp.float32(rng.integers(0, 2, 64)), jnp.ones(64)
