@@ -33,6 +33,9 @@ def fault(line: bytes, first: bool = False, cut: bool = False) -> str | None:
       f'field label: found {text.count(chr(9))} tabs, {_EXPECTED}; '
       'python -m dlrm_jax.data.prepare makes such a file from the tab-separated train.txt'
     )
+  if text.endswith('\r'):
+    name = COLUMNS[min(text.count(','), len(COLUMNS) - 1)]
+    return f'field {name}: found a carriage return before the end of the line; remove it'
   try:
     fields = next(csv.reader([text], strict=True))
   except csv.Error as error:

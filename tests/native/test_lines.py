@@ -94,3 +94,14 @@ def test_files_mean_the_same_with_and_without(tmp_path_factory, data, end):
   found, expected = (dataclasses.replace(file, native=native).read(0, file.rows, 'skip') for native in (True, False))
   for a, b in zip(found, expected, strict=True):
     np.testing.assert_array_equal(np.array(a), np.array(b))
+
+
+@pytest.mark.parametrize('native', [True, False])
+def test_a_carriage_return_too_many_is_a_bad_row(tmp_path, native):
+  row = ','.join(ROW)
+  path = tmp_path / 'a.csv'
+  path.write_bytes(f'{row}\r\n{row}x\r\r\n{row}\r\n'.encode())
+  file = dataclasses.replace(reader.index_csv(str(path), 'skip'), native=native)
+  assert file.read(0, 3, 'skip').good.tolist() == [True, False, True]
+  with pytest.raises(DataError, match='line 2, field C26: found a carriage return before the end'):
+    file.read(0, 3, 'error')
