@@ -33,13 +33,13 @@ def fault(line: bytes, first: bool = False, cut: bool = False) -> str | None:
       f'field label: found {text.count(chr(9))} tabs, {_EXPECTED}; '
       'python -m dlrm_jax.data.prepare makes such a file from the tab-separated train.txt'
     )
+  last = COLUMNS[min(text.count(','), len(COLUMNS) - 1)]
   if text.endswith('\r'):
-    name = COLUMNS[min(text.count(','), len(COLUMNS) - 1)]
-    return f'field {name}: found a carriage return before the end of the line; remove it'
+    return f'field {last}: found a carriage return before the end of the line; remove it'
   try:
     fields = next(csv.reader([text], strict=True))
   except csv.Error as error:
-    return f'field {COLUMNS[min(text.count(","), 39)]}: found a quote that does not close on this line ({error})'
+    return f'field {last}: found a quote that does not close on this line ({error})'
   return _bad_fields(fields, first, cut)
 
 
