@@ -1,8 +1,9 @@
-"""Tables at half the memory: bfloat16 numbers, kept as their bits in uint16.
+"""Numbers in half the memory: bfloat16 ones, kept in tables and sent to other devices as their bits in uint16.
 
-As bits, since XLA:CPU turns a whole bfloat16 table into float32 and back to write a few of its rows. Rows are widened
-to float32 when they are read, and rounded when they are written: up or down at random, in proportion to how near
-either neighbour is, so that updates far smaller than the spacing of bfloat16 are kept on average.
+As bits, since XLA:CPU turns a whole bfloat16 table into float32 and back to write a few of its rows, and sends bfloat16
+numbers as float32. Rows are widened to float32 when they are read, and rounded when they are written: up or down at
+random, in proportion to how near either neighbour is, so that updates far smaller than the spacing of bfloat16 are kept
+on average.
 """
 
 import math
@@ -29,6 +30,11 @@ def _widen(bits: UInt16[Array, '...']) -> Float[Array, '...']:
 def to_nearest(value: Float[Array, '...']) -> UInt16[Array, '...']:
   """The bits of the nearest bfloat16."""
   return jax.lax.bitcast_convert_type(value.astype(jnp.bfloat16), jnp.uint16)
+
+
+def stored(value: Array, dtype: str) -> Array:
+  """Numbers in a type: float32, as they are, or bfloat16, bits of the nearest ones. `widen` is the way back."""
+  return to_nearest(value) if dtype == 'bfloat16' else value
 
 
 def narrow(tree: Any, like: Any, row: Int32[Array, 'K'], step: Int32[Array, '']) -> Any:

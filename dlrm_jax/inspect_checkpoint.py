@@ -104,7 +104,7 @@ def table_of(contents: Contents, name: str, known: Known | None) -> Report:
 
 
 def dtype_of(leaf: jax.ShapeDtypeStruct) -> str:
-  """What the numbers of a table are: bfloat16 ones are saved as their bits (optim/bits.py)."""
+  """What the numbers of a table are: bfloat16 ones are saved as their bits (bits.py)."""
   return 'bfloat16' if leaf.dtype == np.uint16 else leaf.dtype.name
 
 

@@ -19,6 +19,8 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int32, UInt32
 
+from dlrm_jax import bits
+
 NAME = 'devices'
 CUT = PartitionSpec(NAME)  # the leading axis of an array: examples of a batch, rows of a table
 CUT_STACK = PartitionSpec(None, NAME)  # the second one: examples of each of a stack of batches
@@ -53,10 +55,10 @@ class Axis:
 
   def _sum(self, x: Array, dtype: str = 'float32') -> Array:
     if x.size <= FEW or self.size == 2:  # of two devices, each has all that it takes after one message
-      return self._add(self._all(narrowed(x, dtype)))
+      return self._add(self._all(bits.stored(x, dtype)))
     flat = jnp.pad(x.reshape(-1), (0, -x.size % self.size))
-    whole = self.gather(narrowed(self.scatter_sum(flat, dtype), dtype))
-    return widened(whole)[: x.size].reshape(x.shape)
+    whole = self.gather(bits.stored(self.scatter_sum(flat, dtype), dtype))
+    return bits.widen(whole)[: x.size].reshape(x.shape)
 
   def sum_flat(self, tree: Any, dtype: str = 'float32') -> Any:
     """As `sum`, of float32 leaves, in one message, in which the numbers are of this type."""
@@ -79,11 +81,11 @@ class Axis:
     """This device's part of the leading axis of the sum over the devices, to which numbers of this type are sent."""
     if not self.mesh:
       return x
-    return self._add(self.swap(narrowed(x, dtype)).reshape(self.size, -1, *x.shape[1:]))
+    return self._add(self.swap(bits.stored(x, dtype)).reshape(self.size, -1, *x.shape[1:]))
 
   def _add(self, parts: Array) -> Array:
     """The sum of what every device gave, [devices, ...], in their order: XLA:CPU's own is several times as slow."""
-    return functools.reduce(jnp.add, (widened(parts[device]) for device in range(self.size)))
+    return functools.reduce(jnp.add, (bits.widen(parts[device]) for device in range(self.size)))
 
   def most(self, x: Array) -> Array:
     """The largest of the devices' numbers."""
@@ -137,21 +139,6 @@ class Axis:
 
 
 ALONE = Axis()
-
-
-def narrowed(x: Array, dtype: str) -> Array:
-  """Numbers as they are sent: float32 ones as they are, or the bits of the nearest bfloat16.
-
-  As bits, since XLA:CPU makes bfloat16 numbers float32 before it sends them.
-  """
-  return x if dtype == 'float32' else jax.lax.bitcast_convert_type(x.astype(dtype), jnp.uint16)
-
-
-def widened(x: Array) -> Array:
-  """What `narrowed` made, as float32."""
-  if x.dtype != jnp.uint16:
-    return x
-  return jax.lax.bitcast_convert_type(x, jnp.bfloat16).astype(jnp.float32)
 
 
 def packed(leaves: Sequence[Array]) -> tuple[UInt32[Array, 'N W'], Callable[[Array], list[Array]]]:

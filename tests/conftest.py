@@ -11,7 +11,7 @@ from jaxtyping import install_import_hook
 CHECKED = [
   'dlrm_jax.embeddings', 'dlrm_jax.evaluate', 'dlrm_jax.metrics', 'dlrm_jax.model', 'dlrm_jax.optim',
   'dlrm_jax.program', 'dlrm_jax.state', 'dlrm_jax.step', 'dlrm_jax.data', 'dlrm_jax.native', 'dlrm_jax.sharding',
-  'dlrm_jax.words',
+  'dlrm_jax.words', 'dlrm_jax.bits',
 ]  # fmt: skip
 install_import_hook(CHECKED, 'beartype.beartype')
 jax.config.update('jax_numpy_rank_promotion', 'raise')

@@ -7,8 +7,8 @@ import numpy as np
 import optax
 import pytest
 
+from dlrm_jax import bits
 from dlrm_jax.native.rows import XLA
-from dlrm_jax.optim import bits
 from dlrm_jax.optim.adam import adam
 from dlrm_jax.optim.rowwise import init_slots, update_distinct
 

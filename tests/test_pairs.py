@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 
 from configs import base
-from dlrm_jax import sources, train
+from dlrm_jax import bits, sources, train
 from dlrm_jax import spec as specs
 from dlrm_jax.checkpoint.full import Checkpoints
 from dlrm_jax.embeddings import directory as directories
 from dlrm_jax.evaluate import evaluate
-from dlrm_jax.optim import bits
 from dlrm_jax.program import make_program
 from dlrm_jax.state import init_state
 from dlrm_jax.step import jit_predict

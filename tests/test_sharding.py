@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dlrm_jax import bits
 from dlrm_jax.embeddings import exchange
 from dlrm_jax.embeddings.layout import BLOCK, PARTS, TableLayout
-from dlrm_jax.optim import bits
 from dlrm_jax.program import make_program
 from dlrm_jax.sharding import CUT, FEW, NAME, WHOLE, Axis
 from dlrm_jax.state import abstract_state, init_state, state_placing, state_specs

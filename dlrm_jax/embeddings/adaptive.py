@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int32
 
+from dlrm_jax import bits
 from dlrm_jax.embeddings import exchange, tables
 from dlrm_jax.embeddings.directory import rows_of
 from dlrm_jax.embeddings.dynamic import Dynamic
 from dlrm_jax.embeddings.static import Found, Tables, Vocabularies
-from dlrm_jax.optim import bits
 from dlrm_jax.sharding import after
 from dlrm_jax.structs import Batch
 

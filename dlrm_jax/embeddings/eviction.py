@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Int32
 
+from dlrm_jax import bits
 from dlrm_jax.embeddings.directory import entries, evict
-from dlrm_jax.optim import bits
 from dlrm_jax.optim.rowwise import Stored
 from dlrm_jax.structs import Directory
 

@@ -10,9 +10,9 @@ from jax import Array
 from jax.extend.random import threefry2x32_p
 from jaxtyping import Float, Int32
 
+from dlrm_jax import bits
 from dlrm_jax.embeddings.directory import Ids
 from dlrm_jax.native.rows import XLA, RowKernels
-from dlrm_jax.optim import bits
 from dlrm_jax.optim.rowwise import init_slots, join, split
 from dlrm_jax.structs import Table
 

@@ -15,11 +15,11 @@ import optax
 from jax import Array
 from jaxtyping import Float, Int32
 
+from dlrm_jax import bits
 from dlrm_jax.embeddings import exchange, tables
 from dlrm_jax.native.directory import DirectoryKernels
 from dlrm_jax.native.exchange import ExchangeKernels
 from dlrm_jax.native.rows import RowKernels
-from dlrm_jax.optim import bits
 from dlrm_jax.sharding import ALONE, CUT, WHOLE, Axis
 from dlrm_jax.spec import EmbeddingSpec
 from dlrm_jax.structs import Batch, Table, Vocabulary

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from dlrm_jax import bits
 from dlrm_jax.embeddings.directory import Ids
 from dlrm_jax.embeddings.first_values import initial_vectors
 from dlrm_jax.embeddings.layout import TableLayout
-from dlrm_jax.optim import bits
 from dlrm_jax.optim.rowwise import init_slots
 from dlrm_jax.sharding import ALONE, Axis
 from dlrm_jax.structs import Table
@@ -29,17 +29,16 @@ def init_table(
   """A device's part of a new table: rows are normal with standard deviation 1/sqrt(dim), cut at two of them.
 
   They are a function of (seed, column, bucket): the same however columns are fused and tables are cut. With dtype
-  bfloat16, value and slots are kept as bits (optim/bits.py). Jit it.
+  bfloat16, value and slots are kept as bits (bits.py). Jit it.
   """
   rows = layout.rows // axis.size
   size, first = min(INIT_ROWS, rows), axis.index() * rows
-  stored = bits.to_nearest if dtype == 'bfloat16' else lambda value: value
 
   def fill(i: Array, value: Array) -> Array:
     start = jnp.minimum(i * size, rows - size)  # the last pass does some rows again
     column, bucket = layout.origin(first + start + jnp.arange(size, dtype=jnp.int32))
     ids = Ids(jnp.stack([bucket, jnp.zeros_like(bucket)], axis=1).astype(jnp.uint32), column.astype(jnp.uint32))
-    return jax.lax.dynamic_update_slice(value, stored(initial_vectors(seed, ids, dim)), (start, 0))
+    return jax.lax.dynamic_update_slice(value, bits.stored(initial_vectors(seed, ids, dim), dtype), (start, 0))
 
   empty = jnp.zeros((rows, dim), jnp.uint16 if dtype == 'bfloat16' else jnp.float32)
   value = jax.lax.fori_loop(0, -(-rows // size), fill, empty)

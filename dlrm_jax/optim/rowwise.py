@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int32, UInt16
 
+from dlrm_jax import bits
 from dlrm_jax.native.rows import XLA, RowKernels
-from dlrm_jax.optim import bits
 
 # Rows updated at once: few enough that a chunk's gradients and slots stay in the second-level cache, many enough that
 # the loop costs nothing. Anything from 1024 to 8192 is about as fast.

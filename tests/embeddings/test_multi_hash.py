@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from configs import base, multi_hash
-from dlrm_jax import inspect_checkpoint, train
+from dlrm_jax import bits, inspect_checkpoint, train
 from dlrm_jax import spec as specs
 from dlrm_jax.checkpoint.full import CheckpointError
 from dlrm_jax.embeddings.multi_hash import OPERATIONS, split_of
-from dlrm_jax.optim import bits
 from dlrm_jax.program import make_program
 from dlrm_jax.state import init_state
 from dlrm_jax.step import jit_train_step
