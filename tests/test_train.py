@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import warnings
 
 import jax
@@ -137,6 +138,32 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_is_used(criteo,
   assert 'put aside' in caplog.text
   assert list((tmp_path / 'a/checkpoints').glob(f'damaged-{STEPS}-*'))
   assert_same(state_of(tmp_path / 'a', STEPS), expected)
+
+
+def test_a_checkpoint_in_which_one_bit_differs_is_put_aside(criteo, tmp_path, capsys, caplog):
+  fields = {'save_steps': 10, 'keep_checkpoint_max': 3, 'no_eval': True}
+  spec = small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), **fields)
+  run(capsys, spec)
+  expected = state_of(tmp_path / 'a', STEPS)
+  path = max((tmp_path / f'a/checkpoints/{STEPS}/state').rglob('*'), key=lambda path: path.stat().st_size)
+  stored, value = bytearray(path.read_bytes()), np.asarray(expected['tables']['fused']['value'])
+  at = stored.find(value[-1].tobytes())
+  assert at > 0, 'the rows are not stored as they are'
+  stored[at + 5] ^= 1
+  path.write_bytes(stored)
+  assert not np.array_equal(state_of(tmp_path / 'a', STEPS)['tables']['fused']['value'], value)
+  assert run(capsys, spec)['step'] == STEPS
+  assert 'the numbers of tables.fused.value are not those that were saved' in caplog.text
+  assert list((tmp_path / 'a/checkpoints').glob(f'damaged-{STEPS}-*'))
+  assert_same(state_of(tmp_path / 'a', STEPS), expected)
+
+
+def test_a_checkpoint_of_before_there_were_digests_opens(criteo, tmp_path, capsys):
+  spec = small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), no_eval=True)
+  run(capsys, spec)
+  shutil.rmtree(tmp_path / f'a/checkpoints/{STEPS}/digest')
+  assert run(capsys, spec)['step'] == STEPS
+  assert (tmp_path / f'a/checkpoints/{STEPS}').exists()
 
 
 def test_when_no_checkpoint_can_be_read_the_run_does_not_start_anew(criteo, tmp_path, capsys):

@@ -4,16 +4,20 @@ import dataclasses
 import functools
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import serialization
 
 from dlrm_jax import spec as specs
 from dlrm_jax import upkeep
+from dlrm_jax.checkpoint import digest
 from dlrm_jax.program import Program
+from dlrm_jax.sharding import of_all, of_first
 from dlrm_jax.spec import Spec
 from dlrm_jax.state import abstract_state, state_placing
 from dlrm_jax.structs import TrainState
@@ -69,6 +73,7 @@ class Checkpoints:
       'state': ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False),
       'position': ocp.JsonCheckpointHandler(),
       'config': ocp.JsonCheckpointHandler(),
+      'digest': ocp.JsonCheckpointHandler(),
     }
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
     self._manager = ocp.CheckpointManager(self.folder, item_handlers=handlers, options=options)
@@ -88,10 +93,12 @@ class Checkpoints:
     step = int(state.step)
     if step in self._manager.all_steps():
       return
+    tree = to_dict(state)
     items = ocp.args.Composite(
-      state=ocp.args.PyTreeSave(to_dict(state)),
+      state=ocp.args.PyTreeSave(tree),
       position=ocp.args.JsonSave(position),
       config=ocp.args.JsonSave(specs.to_dict(spec)),
+      digest=ocp.args.JsonSave(digest.digest(tree)),
     )
     self._manager.save(step, args=items, force=True)
 
@@ -125,27 +132,61 @@ class Checkpoints:
     return None
 
   def _restore(self, step: int, program: Program) -> Restored:
-    side = ocp.args.Composite(position=ocp.args.JsonRestore(), config=ocp.args.JsonRestore())
-    items = self._manager.restore(step, args=side)
-    check_same_model(items.config, specs.to_dict(program.spec), f'{self.folder}/{step}')
-    template = abstract_state(program)
-    if template.known:
-      saved = self._manager.item_metadata(step).state
-      template = as_saved(template, getattr(saved, 'tree', saved), f'{self.folder}/{step}')
-    placing = placing_of(program)
-    placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    abstract = jax.tree.map(placed, to_dict(template), to_dict(placing))
-    restore = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
-    tree = self._manager.restore(step, args=ocp.args.Composite(state=restore)).state
-    state = resized(program, from_dict(template, tree, placing), items.config)
-    return Restored(step, state, items.position, items.config)
+    path, placing = self.folder / str(step), placing_of(program)
+    template, tree, position, config, digests = in_all(functools.partial(read, path, program, placing))
+    if digests:
+      digest.check(tree, digests)
+    state = resized(program, from_dict(template, tree, placing), config)
+    return Restored(step, state, position, config)
 
   def _put_aside(self, step: int) -> None:
     # Or the run could not save this step again.
     aside = self.folder / f'damaged-{step}-{time.time_ns()}'
-    (self.folder / str(step)).rename(aside)
-    logging.warning('put aside as %s', aside)
+    if jax.process_index() == 0:
+      (self.folder / str(step)).rename(aside)
+      logging.warning('put aside as %s', aside)
+    of_first(0)  # nobody goes on before it is done
     self._manager.reload()
+
+
+def in_all(function: Callable[[], Any]) -> Any:
+  """What the function gives in this process, if no process failed; if one did, all raise.
+
+  A process may miss a file of which the others read nothing. Orbax's own restore would let these wait for it for ever.
+  """
+  try:
+    result, error = function(), None
+  except CheckpointError:
+    raise
+  except Exception as failure:  # whatever a damaged file makes the reader raise
+    result, error = None, failure
+  failed = of_all(int(error is not None))
+  if error:
+    raise error
+  if any(failed):
+    raise OSError(f'process {failed.index(1)} cannot read it')
+  return result
+
+
+def read(
+  path: Path, program: Program, placing: TrainState
+) -> tuple[TrainState, dict[str, Any], dict[str, Any], dict[str, Any], digest.Digests]:
+  """Of a checkpoint: the template of its state, the state as `to_dict` gives it, data position, config and digests.
+
+  Digests are empty for a checkpoint of a version that wrote none. Waits for no other process.
+  """
+  small = lambda item: ocp.JsonCheckpointHandler().restore(epath.Path(path / item), args=ocp.args.JsonRestore())
+  position, config = small('position'), small('config')
+  check_same_model(config, specs.to_dict(program.spec), str(path))
+  handler, template = ocp.PyTreeCheckpointHandler(use_zarr3=True), abstract_state(program)
+  if template.known:
+    saved = handler.metadata(epath.Path(path / 'state'))
+    template = as_saved(template, getattr(saved, 'tree', saved), str(path))
+  placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+  abstract = jax.tree.map(placed, to_dict(template), to_dict(placing))
+  restore = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
+  tree = handler.restore(epath.Path(path / 'state'), args=restore)
+  return template, tree, position, config, small('digest') if (path / 'digest').is_dir() else {}
 
 
 def to_dict(state: TrainState) -> dict[str, Any]:
