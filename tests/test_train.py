@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from dlrm_jax import train
+from dlrm_jax.checkpoint import full
 from dlrm_jax.checkpoint.full import CheckpointError
 from dlrm_jax.data.schema import DataError
 from tests.helpers import small_spec
@@ -155,6 +156,20 @@ def test_a_checkpoint_in_which_one_bit_differs_is_put_aside(criteo, tmp_path, ca
   assert run(capsys, spec)['step'] == STEPS
   assert 'the numbers of tables.fused.value are not those that were saved' in caplog.text
   assert list((tmp_path / 'a/checkpoints').glob(f'damaged-{STEPS}-*'))
+  assert_same(state_of(tmp_path / 'a', STEPS), expected)
+
+
+def test_a_checkpoint_that_another_process_cannot_read_is_put_aside(criteo, tmp_path, capsys, caplog, monkeypatch):
+  fields = {'save_steps': 10, 'keep_checkpoint_max': 3, 'no_eval': True}
+  spec = small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), **fields)
+  run(capsys, spec)
+  expected = state_of(tmp_path / 'a', STEPS)
+  answers = iter([1, 0, 0])  # to whether it read, then of the one before: whether it read, whether digests are equal
+  monkeypatch.setattr(full, 'of_all', lambda number: [number, next(answers)])
+  assert run(capsys, spec)['step'] == STEPS
+  assert f'{STEPS} cannot be read: process 1 cannot read it' in caplog.text
+  assert list((tmp_path / 'a/checkpoints').glob(f'damaged-{STEPS}-*'))
+  assert next(answers, None) is None
   assert_same(state_of(tmp_path / 'a', STEPS), expected)
 
 

@@ -14,7 +14,7 @@ from etils import epath
 
 from configs import base
 from dlrm_jax import spec as specs
-from dlrm_jax.checkpoint.full import CheckpointError, first_line
+from dlrm_jax.checkpoint.full import CheckpointError, first_line, read_json, saved_arrays, states
 from dlrm_jax.data.schema import CATEGORIES
 from dlrm_jax.embeddings import directory as directories
 from dlrm_jax.embeddings.adaptive import shared_name
@@ -148,11 +148,9 @@ def open_checkpoint(folder: Path, step: int | None = None) -> Contents:
   """
   path = find_checkpoint(folder.absolute(), step)
   with readable(path):
-    read = lambda item: ocp.JsonCheckpointHandler().restore(epath.Path(path / item), args=ocp.args.JsonRestore())
-    config, position = read('config'), read('position')
-    saved = states().metadata(epath.Path(path / 'state'))
+    config, position = read_json(path, 'config'), read_json(path, 'position')
     shape = lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
-    shapes = jax.tree.map(shape, getattr(saved, 'tree', saved))
+    shapes = jax.tree.map(shape, saved_arrays(path))
     contents = Contents(path, config, spec_of(config), position, shapes, 0)
   found = int(contents.read({'step': shapes['step']})['step'])
   if step not in (None, found):
@@ -175,11 +173,6 @@ def find_checkpoint(folder: Path, step: int | None) -> Path:
   if step not in (None, *steps):
     raise CheckpointError(f'{folder} has no checkpoint of step {step}; there are {", ".join(map(str, steps))}')
   return folder / str(steps[-1] if step is None else step)
-
-
-def states() -> ocp.PyTreeCheckpointHandler:
-  """What reads the item `state`."""
-  return ocp.PyTreeCheckpointHandler(use_zarr3=True)
 
 
 @contextlib.contextmanager

@@ -132,12 +132,9 @@ class Checkpoints:
     return None
 
   def _restore(self, step: int, program: Program) -> Restored:
-    path, placing = self.folder / str(step), placing_of(program)
-    template, tree, position, config, digests = in_all(functools.partial(read, path, program, placing))
-    if digests:
-      digest.check(tree, digests)
-    state = resized(program, from_dict(template, tree, placing), config)
-    return Restored(step, state, position, config)
+    restored, digests = in_all(lambda: read(self.folder / str(step), step, program))
+    in_all(lambda: digest.check(to_dict(restored.state), digests))
+    return dataclasses.replace(restored, state=resized(program, restored.state, restored.spec))
 
   def _put_aside(self, step: int) -> None:
     # Or the run could not save this step again.
@@ -168,25 +165,35 @@ def in_all(function: Callable[[], Any]) -> Any:
   return result
 
 
-def read(
-  path: Path, program: Program, placing: TrainState
-) -> tuple[TrainState, dict[str, Any], dict[str, Any], dict[str, Any], digest.Digests]:
-  """Of a checkpoint: the template of its state, the state as `to_dict` gives it, data position, config and digests.
-
-  Digests are empty for a checkpoint of a version that wrote none. Waits for no other process.
-  """
-  small = lambda item: ocp.JsonCheckpointHandler().restore(epath.Path(path / item), args=ocp.args.JsonRestore())
-  position, config = small('position'), small('config')
+def read(path: Path, step: int, program: Program) -> tuple[Restored, digest.Digests]:
+  """A checkpoint, and the digests of its arrays: empty if a version wrote it that had none. Waits for no process."""
+  position, config = read_json(path, 'position'), read_json(path, 'config')
   check_same_model(config, specs.to_dict(program.spec), str(path))
-  handler, template = ocp.PyTreeCheckpointHandler(use_zarr3=True), abstract_state(program)
+  template, placing = abstract_state(program), placing_of(program)
   if template.known:
-    saved = handler.metadata(epath.Path(path / 'state'))
-    template = as_saved(template, getattr(saved, 'tree', saved), str(path))
+    template = as_saved(template, saved_arrays(path), str(path))
   placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
   abstract = jax.tree.map(placed, to_dict(template), to_dict(placing))
   restore = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
-  tree = handler.restore(epath.Path(path / 'state'), args=restore)
-  return template, tree, position, config, small('digest') if (path / 'digest').is_dir() else {}
+  state = from_dict(template, states().restore(epath.Path(path / 'state'), args=restore), placing)
+  digests = read_json(path, 'digest') if (path / 'digest').is_dir() else {}
+  return Restored(step, state, position, config), digests
+
+
+def states() -> ocp.PyTreeCheckpointHandler:
+  """What reads the item `state`."""
+  return ocp.PyTreeCheckpointHandler(use_zarr3=True)
+
+
+def saved_arrays(path: Path) -> Any:
+  """What a checkpoint says of its arrays, which have shapes and types: the tree of `to_dict`."""
+  saved = states().metadata(epath.Path(path / 'state'))
+  return getattr(saved, 'tree', saved)
+
+
+def read_json(path: Path, item: str) -> dict[str, Any]:
+  """An item of a checkpoint other than its state."""
+  return ocp.JsonCheckpointHandler().restore(epath.Path(path / item), args=ocp.args.JsonRestore())
 
 
 def to_dict(state: TrainState) -> dict[str, Any]:
