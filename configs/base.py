@@ -26,7 +26,9 @@ def get_config() -> ConfigDict:
   c.eval_every = 0  # steps between evaluations; 0: only at the end
   c.log_every = 100  # steps between lines of log, metrics.jsonl and event file
   c.save_steps = 0  # steps between checkpoints; 0: only at the end
-  c.keep_checkpoint_max = 1  # newest checkpoints kept
+  # seconds between checkpoints of the table rows that changed since the last whole one, and of all else; 0: none
+  c.delta_seconds = 0.0
+  c.keep_checkpoint_max = 1  # newest whole checkpoints kept
   c.timeline = 0  # steps between jax.profiler traces of one step; 0: none
   c.smartstaged = True  # parse, hash and place batches in the background, ahead of the step
   c.op_fusion = True  # XLA's fusion passes; False only to see what they are worth

@@ -16,9 +16,6 @@ from ml_collections import ConfigDict
 
 from configs import base
 
-# What a flag may be called with today; other values answer "not yet".
-NOT_YET = {'incremental_ckpt': 0}
-
 
 class Parser(argparse.ArgumentParser):
   """Raises where argparse would exit."""
@@ -78,15 +75,13 @@ def parser() -> argparse.ArgumentParser:
 def get_config(flags: str = '') -> ConfigDict:
   """The experiment that these flags name."""
   args = parser().parse_args(shlex.split(flags))
-  for name, only in NOT_YET.items():
-    if getattr(args, name) != only:
-      raise ValueError(f'configs/deeprec.py: --{name}={getattr(args, name)} is not yet here; leave it out or at {only}')
   config = base.get_config()
   same = ('data_location', 'steps', 'batch_size', 'output_dir', 'checkpoint', 'save_steps', 'seed', 'no_eval')
   for name in (*same, 'keep_checkpoint_max', 'timeline', 'inter', 'intra', 'smartstaged', 'op_fusion'):
     config[name] = getattr(args, name)
   config.batch_size *= _workers()
   _transport(args.protocol)
+  config.delta_seconds = float(args.incremental_ckpt)
   config.micro_batch = max(1, args.micro_batch)
   config.data.workqueue = args.workqueue
   config.optimizer.name = args.optimizer

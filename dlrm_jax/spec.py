@@ -185,6 +185,7 @@ class Spec:
   eval_every: int = _at_least(0)
   log_every: int = _at_least(1)
   save_steps: int = _at_least(0)
+  delta_seconds: float = _at_least(0)
   keep_checkpoint_max: int = _at_least(1)
   timeline: int = _at_least(0)
   smartstaged: bool

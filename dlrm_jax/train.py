@@ -19,6 +19,7 @@ from jax import Array
 from dlrm_jax import sources
 from dlrm_jax import spec as specs
 from dlrm_jax.checkpoint.full import Checkpoints
+from dlrm_jax.clock import EverySeconds
 from dlrm_jax.distributed import Members
 from dlrm_jax.evaluate import evaluate
 from dlrm_jax.logs import Meter, Progress, Records, Scalars, Stopwatch
@@ -64,9 +65,10 @@ class Run:
   samples_per_second: float | None = None
   skipped_rows: int = 0
 
-  def save(self) -> None:
-    """Starts a checkpoint of where the run stands."""
-    self.checkpoints.save(self.state, sources.to_saved(self.sources, self.spec, self.position), self.spec)
+  def save(self, changes: bool = False) -> None:
+    """Starts a checkpoint of where the run stands, or of what changed since the last whole one."""
+    save = self.checkpoints.save_changes if changes else self.checkpoints.save
+    save(self.state, sources.to_saved(self.sources, self.spec, self.position), self.spec)
 
   @property
   def spec(self) -> Spec:
@@ -121,6 +123,7 @@ def train(run: Run) -> None:
   """The training loop. Stopped, after a checkpoint, if a signal asked for it."""
   spec, step_fn, upkeep = run.spec, jit_train_stretch(run.program), Upkeep(run.program)
   watch, meter, metrics, stop = Stopwatch(WARMUP_STEPS), Meter(), None, 0
+  deltas = EverySeconds(spec.delta_seconds, run.step)
   with (
     sources.train_batches(
       run.sources, spec, run.position, run.program.axis, run.members, stack_size(run.program)
@@ -145,12 +148,14 @@ def train(run: Run) -> None:
 
       last = run.step == run.last_step
       save, evaluate = (every(steps, run.step) and not last for steps in (spec.save_steps, spec.eval_every))
+      delta = deltas.is_due(run.step) and not last and not save
       # In this order: nothing is saved whose loss was not seen to be finite, and it is safe before the slow evaluation.
-      if save or last or every(spec.log_every, run.step):
+      if save or delta or last or every(spec.log_every, run.step):
         log(run, meter, progress)
       with watchdog.paused():
-        if save:
-          run.save()
+        if save or delta:
+          run.save(changes=delta)
+          deltas.restart(run.step)
         if evaluate and not spec.no_eval:
           watch.pause(run.state)
           evaluation_of(run)

@@ -12,7 +12,7 @@ ORDER = [
   ['embeddings'],
   ['data'],
   ['program', 'state', 'step', 'stretches', 'upkeep'],
-  ['checkpoint', 'distributed', 'evaluate', 'logs', 'sources'],
+  ['checkpoint', 'clock', 'distributed', 'evaluate', 'logs', 'sources'],
   ['train'],
   ['main', 'inspect_checkpoint', 'launch'],
 ]

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -165,6 +166,31 @@ def wait_for(condition, process, seconds=180):
     assert process.poll() is None, 'ended before its time'
     assert time.monotonic() < end, 'took too long'
     time.sleep(0.02)
+
+
+def test_killed_processes_go_on_from_what_changed_to_the_same_bits(criteo, tmp_path, repository):
+  """Kill -9 of one of two, again and again, as soon as there is a new checkpoint of what changed."""
+  fields = {'epochs': 60, 'delta_seconds': 0.2, 'keep_checkpoint_max': 2, 'no_eval': True, 'embedding__buckets': (2000,)}
+  whole, folder = tmp_path / 'whole', tmp_path / 'killed'
+  assert execute(launched(criteo, whole, 2, **fields | {'delta_seconds': 0}), repository)[0] == 0
+  process = subprocess.Popen(
+    launched(criteo, folder, 2, '--max-restarts', '9', **fields), cwd=repository, stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  steps = lambda: {int(path.name) for path in (folder / 'checkpoints/deltas').glob('*') if path.name.isdigit()}
+  seen = []
+  for number in (1, 0):
+    before = steps()
+    wait_for(lambda before=before: max(steps(), default=0) > max(before, default=0), process)
+    seen.append(max(steps()))
+    os.kill(children(process.pid)[number], signal.SIGKILL)
+  _, err = process.communicate(timeout=300)
+  assert process.returncode == 0, err
+  resumed = [int(step) for step in re.findall(r'resumed from step (\d+)', err)]
+  assert len(resumed) == 2, err
+  assert all(step >= there for step, there in zip(resumed, seen, strict=True)), (resumed, seen)
+  jax.tree.map(np.testing.assert_array_equal, restored(folder, **fields), restored(whole, **fields))
+  assert losses(folder) == losses(whole)
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from etils import epath
 
 from configs import base
 from dlrm_jax import spec as specs
-from dlrm_jax.checkpoint.full import CheckpointError, first_line, read_json, saved_arrays, states
+from dlrm_jax.checkpoint.full import CheckpointError, first_line, is_delta, read_json, saved_arrays, states
 from dlrm_jax.data.schema import CATEGORIES
 from dlrm_jax.embeddings import directory as directories
 from dlrm_jax.embeddings.adaptive import shared_name
@@ -162,6 +162,8 @@ def find_checkpoint(folder: Path, step: int | None) -> Path:
   """The folder of one checkpoint; see `open_checkpoint`."""
   if not folder.is_dir():
     raise CheckpointError(f'{folder} is not a folder; name that of a run, of its checkpoints or of one of them')
+  if is_delta(folder):
+    raise CheckpointError(f'{folder} has only what changed since another checkpoint; name a whole one')
   if (folder / 'state').is_dir():
     return folder
   if (folder / 'checkpoints').is_dir():

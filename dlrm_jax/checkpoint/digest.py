@@ -22,14 +22,18 @@ Digests = dict[str, list[int]]  # of the arrays of a tree, by their dotted names
 def _digest(part: Array, first: Array) -> UInt32[Array, '2']:
   """Of a part of an array, whose first row is the so many-th: parts add up."""
   part = part if part.ndim else part[None]
+  row = first + jnp.arange(len(part), dtype=jnp.uint32)
+  return mix(row_digests(part) ^ mix(row)[None]).sum(axis=1)
+
+
+def row_digests(part: Array) -> UInt32[Array, '2 rows']:
+  """Of each row of an array by itself."""
   words = jax.lax.bitcast_convert_type(part, jnp.dtype(f'uint{8 * part.dtype.itemsize}')).astype(jnp.uint32)
   words = words.reshape(len(part), -1)
   column = jnp.arange(words.shape[1], dtype=jnp.uint32)[None]
-  row = first + jnp.arange(len(part), dtype=jnp.uint32)
   # Every step is a bijection of its word, so that a single word that differs is always seen.
   mixed = mix(words ^ mix(column))
-  rows = jnp.stack([mixed.sum(axis=1), (mixed * (2 * column + 1)).sum(axis=1)])
-  return mix(rows ^ mix(row)[None]).sum(axis=1)
+  return jnp.stack([mixed.sum(axis=1), (mixed * (2 * column + 1)).sum(axis=1)])
 
 
 def digest(tree: Any) -> Digests:

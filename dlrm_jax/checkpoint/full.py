@@ -1,4 +1,8 @@
-"""Whole checkpoints with Orbax: state, data position and config together. A resumed run equals an unstopped one."""
+"""Checkpoints with Orbax: state, data position and config together. A resumed run equals an unstopped one.
+
+Between whole ones there may be deltas (see delta.py), each of which stands for the whole one that it is based on with
+what changed since.
+"""
 
 import dataclasses
 import functools
@@ -6,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -15,7 +19,7 @@ from flax import serialization
 
 from dlrm_jax import spec as specs
 from dlrm_jax import upkeep
-from dlrm_jax.checkpoint import digest
+from dlrm_jax.checkpoint import delta, digest
 from dlrm_jax.program import Program
 from dlrm_jax.sharding import of_all, of_first
 from dlrm_jax.spec import Spec
@@ -49,6 +53,9 @@ MODEL_FIELDS = (
 FREE_FIELDS = ('model.dtype', 'model.reduce_dtype', 'model.shard_kb', 'embedding.width.every')
 
 
+DELTAS, DELTAS_KEPT = 'deltas', 2
+
+
 class CheckpointError(ValueError):
   """A checkpoint that cannot be used; the message is one line for the user."""
 
@@ -63,48 +70,71 @@ class Restored:
   spec: dict[str, Any]  # of the run that wrote it
 
 
+class Base(NamedTuple):
+  """The whole checkpoint that deltas are based on."""
+
+  step: int
+  rows: delta.RowDigests
+
+
 class Checkpoints:
-  """The checkpoints of one run, under `folder`/<step>, the newest `keep` of them. A context manager."""
+  """The checkpoints of one run, under `folder`/<step>, the newest `keep` of them. A context manager.
+
+  Those of what changed are under `folder`/deltas/<step>.
+  """
 
   def __init__(self, folder: Path, keep: int) -> None:
     self.folder = folder.absolute()
-    # Embeddings hardly compress: without compression a save takes a fifth of the time.
-    handlers = {
-      'state': ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False),
-      'position': ocp.JsonCheckpointHandler(),
-      'config': ocp.JsonCheckpointHandler(),
-      'digest': ocp.JsonCheckpointHandler(),
-    }
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
-    self._manager = ocp.CheckpointManager(self.folder, item_handlers=handlers, options=options)
+    self._whole = _manager(self.folder, keep)
+    # Made when there is something to write or to read. All processes see the same: it is made in the middle of a run.
+    self._deltas = _manager(self.folder / DELTAS, DELTAS_KEPT) if of_first((self.folder / DELTAS).is_dir()) else None
+    self._base: Base | None = None
 
   def __enter__(self) -> 'Checkpoints':
     return self
 
   def __exit__(self, *_: object) -> None:
-    self._manager.close()
+    for manager in self._managers():
+      manager.close()
+
+  def _managers(self) -> list[ocp.CheckpointManager]:
+    return [self._whole, self._deltas] if self._deltas else [self._whole]
 
   def steps(self) -> list[int]:
-    """Steps of the complete checkpoints, oldest first."""
-    return sorted(self._manager.all_steps())
+    """Steps of the complete whole checkpoints, oldest first."""
+    return sorted(self._whole.all_steps())
 
   def save(self, state: TrainState, position: dict[str, Any], spec: Spec) -> None:
     """Writes in the background; an error of the save before this one is raised here."""
     step = int(state.step)
-    if step in self._manager.all_steps():
+    if step in self._whole.all_steps():
       return
     tree = to_dict(state)
-    items = ocp.args.Composite(
-      state=ocp.args.PyTreeSave(tree),
-      position=ocp.args.JsonSave(position),
-      config=ocp.args.JsonSave(specs.to_dict(spec)),
-      digest=ocp.args.JsonSave(digest.digest(tree)),
-    )
-    self._manager.save(step, args=items, force=True)
+    self._whole.save(step, args=_items(tree, tree, position, spec), force=True)
+    self._base = Base(step, delta.digests_of(tree['tables'])) if spec.delta_seconds else None
+
+  def save_changes(self, state: TrainState, position: dict[str, Any], spec: Spec) -> None:
+    """As `save`, what changed since the last whole checkpoint; or a whole one where there is none, or where that is
+    hardly more."""
+    self.wait()  # a delta is of no use before the whole one
+    tree, base = to_dict(state), self._base
+    changed = base and delta.changes(tree['tables'], base.rows)
+    if not changed:
+      self.save(state, position, spec)
+      return
+    step, (tables, rows) = int(state.step), changed
+    items = _items(tree, tree | {'tables': tables}, position, spec, base=ocp.args.JsonSave({'step': base.step}))
+    self._deltas = self._deltas or _manager(self.folder / DELTAS, DELTAS_KEPT)
+    self._deltas.save(step, args=items, force=True)
+    logging.info('step %d: a checkpoint of the %s rows that changed since step %d', step, f'{rows:,}', base.step)
 
   def wait(self) -> None:
     """Returns when everything saved is on the disk; raises what went wrong."""
-    self._manager.wait_until_finished()
+    for manager in self._managers():
+      manager.wait_until_finished()
+    for step in self._deltas.all_steps() if self._deltas else ():
+      if step <= max(self.steps(), default=0):
+        self._deltas.delete(step)
 
   def restore(self, program: Program) -> Restored | None:
     """The newest checkpoint that can be read; newer ones are put aside. None if there are no checkpoints at all.
@@ -112,38 +142,63 @@ class Checkpoints:
     Raises CheckpointError if one is of another model, or if none can be read: to start anew then would lose a run.
     """
     unreadable = []
-    for step in reversed(self.steps()):
+    for path in self._newest_first():
       try:
-        restored = self._restore(step, program)
+        restored = _restore(path, program)
       except CheckpointError:
         raise
       except Exception as error:  # whatever a damaged file makes the reader raise
-        logging.warning('checkpoint %s/%d cannot be read: %s', self.folder, step, first_line(error))
-        unreadable.append(step)
+        logging.warning('checkpoint %s cannot be read: %s', path, first_line(error))
+        unreadable.append(path)
         continue
       for newer in unreadable:
         self._put_aside(newer)
       return restored
     if unreadable:
       raise CheckpointError(
-        f'no checkpoint in {self.folder} can be read (steps {unreadable}); bring a copy back, or set config.checkpoint '
-        'to another folder to start anew'
+        f'no checkpoint in {self.folder} can be read (steps {[int(path.name) for path in unreadable]}); bring a copy '
+        'back, or set config.checkpoint to another folder to start anew'
       )
     return None
 
-  def _restore(self, step: int, program: Program) -> Restored:
-    restored, digests = in_all(lambda: read(self.folder / str(step), step, program))
-    in_all(lambda: digest.check(to_dict(restored.state), digests))
-    return dataclasses.replace(restored, state=resized(program, restored.state, restored.spec))
+  def _newest_first(self) -> list[Path]:
+    steps = [(step, manager.directory) for manager in self._managers() for step in manager.all_steps()]
+    return [Path(folder) / str(step) for step, folder in sorted(steps, key=lambda pair: -pair[0])]
 
-  def _put_aside(self, step: int) -> None:
+  def _put_aside(self, path: Path) -> None:
     # Or the run could not save this step again.
-    aside = self.folder / f'damaged-{step}-{time.time_ns()}'
+    aside = path.parent / f'damaged-{path.name}-{time.time_ns()}'
     if jax.process_index() == 0:
-      (self.folder / str(step)).rename(aside)
+      path.rename(aside)
       logging.warning('put aside as %s', aside)
     of_first(0)  # nobody goes on before it is done
-    self._manager.reload()
+    for manager in self._managers():
+      manager.reload()
+
+
+def _manager(folder: Path, keep: int) -> ocp.CheckpointManager:
+  # Embeddings hardly compress: without compression a save takes a fifth of the time.
+  handlers = {'state': ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False)}
+  handlers |= {item: ocp.JsonCheckpointHandler() for item in ('position', 'config', 'digest', 'base')}
+  options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+  return ocp.CheckpointManager(folder, item_handlers=handlers, options=options)
+
+
+def _items(tree: dict[str, Any], written: dict[str, Any], position: dict[str, Any], spec: Spec, **more: Any) -> Any:
+  """What a checkpoint is made of: of its arrays those that are `written`, and the digests of all."""
+  return ocp.args.Composite(
+    state=ocp.args.PyTreeSave(written),
+    position=ocp.args.JsonSave(position),
+    config=ocp.args.JsonSave(specs.to_dict(spec)),
+    digest=ocp.args.JsonSave(digest.digest(tree)),
+    **more,
+  )
+
+
+def _restore(path: Path, program: Program) -> Restored:
+  restored, digests = in_all(lambda: read(path, program))
+  in_all(lambda: digest.check(to_dict(restored.state), digests))
+  return dataclasses.replace(restored, state=resized(program, restored.state, restored.spec))
 
 
 def in_all(function: Callable[[], Any]) -> Any:
@@ -165,19 +220,55 @@ def in_all(function: Callable[[], Any]) -> Any:
   return result
 
 
-def read(path: Path, step: int, program: Program) -> tuple[Restored, digest.Digests]:
+def read(path: Path, program: Program) -> tuple[Restored, digest.Digests]:
   """A checkpoint, and the digests of its arrays: empty if a version wrote it that had none. Waits for no process."""
   position, config = read_json(path, 'position'), read_json(path, 'config')
   check_same_model(config, specs.to_dict(program.spec), str(path))
+  state = _read_delta(path, program) if is_delta(path) else _read_whole(path, program)
+  digests = read_json(path, 'digest') if (path / 'digest').is_dir() else {}
+  return Restored(int(path.name), state, position, config), digests
+
+
+def _read_whole(path: Path, program: Program) -> TrainState:
   template, placing = abstract_state(program), placing_of(program)
   if template.known:
     template = as_saved(template, saved_arrays(path), str(path))
   placed = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
   abstract = jax.tree.map(placed, to_dict(template), to_dict(placing))
+  return from_dict(template, _read_arrays(path, abstract), placing)
+
+
+def _read_delta(path: Path, program: Program) -> TrainState:
+  whole = path.parents[1] / str(read_json(path, 'base')['step'])
+  if not whole.is_dir():
+    raise OSError(f'it is what changed since {whole}, which is not there')
+  base = _read_whole(whole, program)
+  tree, saved = to_dict(base), saved_arrays(path)
+  of_rows = [name for name in tree['tables'] if delta.ROW in saved['tables'][name]]
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # each process reads all rows
+
+  def placed(leaf: jax.Array, saved_: Any) -> jax.ShapeDtypeStruct:
+    shape = tuple(saved_.shape)
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=leaf.sharding if shape == leaf.shape else here)
+
+  rows = {name: saved['tables'][name].pop(delta.ROW) for name in of_rows}
+  abstract = jax.tree.map(placed, tree, saved)
+  for name, row in rows.items():
+    abstract['tables'][name][delta.ROW] = jax.ShapeDtypeStruct(tuple(row.shape), row.dtype, sharding=here)
+  changed = _read_arrays(path, abstract)
+  for name in of_rows:
+    changed['tables'][name] = delta.applied(tree['tables'][name], changed['tables'][name])
+  return from_dict(base, changed, placing_of(program))
+
+
+def _read_arrays(path: Path, abstract: Any) -> Any:
   restore = ocp.args.PyTreeRestore(abstract, ocp.checkpoint_utils.construct_restore_args(abstract))
-  state = from_dict(template, states().restore(epath.Path(path / 'state'), args=restore), placing)
-  digests = read_json(path, 'digest') if (path / 'digest').is_dir() else {}
-  return Restored(step, state, position, config), digests
+  return states().restore(epath.Path(path / 'state'), args=restore)
+
+
+def is_delta(path: Path) -> bool:
+  """Whether a checkpoint is of what changed since another."""
+  return (path / 'base').is_dir()
 
 
 def states() -> ocp.PyTreeCheckpointHandler:
