@@ -12,7 +12,8 @@ class EverySeconds:
   """Steps after which so many seconds have passed, by the clock of process 0.
 
   To ask it makes all processes wait for the step before, so it is asked half way to where it would be due at the speed
-  so far, and half way again: a few times each period, however short the steps are.
+  so far, and half way again: a few times each period, however short the steps are. The first ones may be begun long
+  before they are done, and look fast, so it is asked after no more steps than there were.
   """
 
   def __init__(self, seconds: float, step: int) -> None:
@@ -27,8 +28,8 @@ class EverySeconds:
     """Whether they have passed, after a step that all processes have done; never if they are 0."""
     if not self._seconds or step < self._ask:
       return False
-    passed = time.monotonic() - self._since
-    share = max(self._seconds / passed - 1, 0) if passed else 1.0  # of the steps so far, that are still to come
-    left = of_first(min(math.ceil((step - self._step) * share), 2**30))
-    self._ask = step + -(-left // 2)
-    return left == 0
+    passed, steps = time.monotonic() - self._since, step - self._step
+    left = steps * max(self._seconds / passed - 1, 0) if passed else 2 * steps
+    ask = of_first(math.ceil(min(left / 2, steps)))
+    self._ask = step + ask
+    return ask == 0

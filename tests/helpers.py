@@ -1,15 +1,19 @@
 """A small experiment that trains in a second, and running the program as users do."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 
 import jax
+import pytest
 from jax.sharding import Mesh
 
 from configs import base
 from dlrm_jax import spec as specs
+from dlrm_jax.clock import EverySeconds
+from dlrm_jax.distributed import Members
 from dlrm_jax.sharding import ALONE, NAME, Axis
 
 # 600 rows in batches of 32: 19 steps an epoch, the last one partial.
@@ -44,6 +48,29 @@ def command(config, *arguments, **fields):
 def small_command(data, output, *arguments, **fields):
   """The command line of a small run."""
   return command('configs/base.py', *arguments, **{**SMALL, 'data_location': data, 'output_dir': output, **fields})
+
+
+class Crash(Exception):
+  """Of a run that `crashing` ends."""
+
+
+@contextlib.contextmanager
+def crashing(deltas, after):
+  """Has a run in this process, if it has `delta_seconds`, save what changed after these steps, and crash after another.
+
+  Steps that they stop at: each of the first 20, then those that a line of log or a checkpoint is due after.
+  """
+
+  def stop(self, step, received=0):
+    if step == after:
+      raise Crash
+    return 0
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(EverySeconds, 'is_due', lambda self, step: self._seconds > 0 and step in deltas)
+    patch.setattr(Members, 'stop', stop)
+    with pytest.raises(Crash):
+      yield
 
 
 def execute(arguments, cwd, **environment):

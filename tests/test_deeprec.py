@@ -46,6 +46,7 @@ def test_without_flags_only_buckets_learning_rate_and_partitioner_differ_from_ba
     ('--emb_fusion false', 'embedding.fusion', False),
     ('--op_fusion=False', 'op_fusion', False),
     ('--smartstaged 0', 'smartstaged', False),
+    ('--incremental_ckpt=60', 'delta_seconds', 60.0),
     ('--micro_batch=4', 'micro_batch', 4),
     ('--micro_batch=0', 'micro_batch', 1),
     ('--no_eval', 'no_eval', True),

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import random
 
 import jax
@@ -17,6 +18,7 @@ import pytest
 from configs import base
 from dlrm_jax import bits, sources, train
 from dlrm_jax import spec as specs
+from dlrm_jax.checkpoint import delta
 from dlrm_jax.checkpoint.full import Checkpoints
 from dlrm_jax.embeddings import directory as directories
 from dlrm_jax.evaluate import evaluate
@@ -26,7 +28,7 @@ from dlrm_jax.step import jit_predict
 from dlrm_jax.stretches import Stretches, jit_train_stretch, stack_size
 from dlrm_jax.upkeep import Upkeep
 from tests.embeddings import reference_variables as reference
-from tests.helpers import DEVICES, SMALL, devices, small_spec
+from tests.helpers import DEVICES, SMALL, crashing, devices, small_spec
 
 STEPS, STOP = 120, 71
 ROWS = 2000  # of the training data: 63 steps an epoch, the last one partial
@@ -62,6 +64,7 @@ AXES = {
     '2': DEVICES['2'] | {'embedding.exchange': 'gather'}, '4': DEVICES['4'] | {'embedding.exchange': 'all_to_all'}
   },
   'kernels': {'native': {}, 'xla': {'native': False}},
+  'checkpoints': {'whole': {}, 'deltas': {'delta_seconds': 100.0}},
 }  # fmt: skip
 # All combinations of these are rows, not pairs alone.
 OF_IDS = ('kind', 'admission', 'eviction', 'width')
@@ -234,8 +237,13 @@ def test_a_row_trains_evicts_stops_goes_on_and_evaluates(stream, tmp_path, row, 
   assert all(np.isfinite(value) for value in evaluation.values())
 
   monkeypatch.setattr(train, 'all_devices', lambda: axis)
-  for steps in (STOP, STEPS):
-    train.run(dataclasses.replace(spec, steps=steps))
+  if spec.delta_seconds:
+    monkeypatch.setattr(delta, 'MOST', math.inf)  # of so few rows nearly all change
+    with crashing(deltas=(35, 50, 65), after=70):
+      train.run(spec)
+  else:
+    train.run(dataclasses.replace(spec, steps=STOP))
+  train.run(spec)
   jax.tree.map(np.testing.assert_array_equal, without_scratch(before), without_scratch(saved(spec)))
   printed = json.loads(capsys.readouterr().out.splitlines()[-1])
   assert {name: printed[name] for name in evaluation if name in printed} == {

@@ -170,7 +170,7 @@ def wait_for(condition, process, seconds=180):
 
 def test_killed_processes_go_on_from_what_changed_to_the_same_bits(criteo, tmp_path, repository):
   """Kill -9 of one of two, again and again, as soon as there is a new checkpoint of what changed."""
-  fields = {'epochs': 60, 'delta_seconds': 0.2, 'keep_checkpoint_max': 2, 'no_eval': True, 'embedding__buckets': (2000,)}
+  fields = {'epochs': 60, 'delta_seconds': 0.2, 'keep_checkpoint_max': 2, 'embedding__buckets': (2000,)}
   whole, folder = tmp_path / 'whole', tmp_path / 'killed'
   assert execute(launched(criteo, whole, 2, **fields | {'delta_seconds': 0}), repository)[0] == 0
   process = subprocess.Popen(
@@ -194,9 +194,12 @@ def test_killed_processes_go_on_from_what_changed_to_the_same_bits(criteo, tmp_p
 
 
 @pytest.mark.slow
-def test_kills_at_random_moments_lose_and_repeat_nothing(criteo, tmp_path, repository):
+@pytest.mark.parametrize(
+  'saves', [{'save_steps': 20}, {'delta_seconds': 0.3, 'keep_checkpoint_max': 2, 'embedding__buckets': (2000,)}]
+)
+def test_kills_at_random_moments_lose_and_repeat_nothing(criteo, tmp_path, repository, saves):
   """Twenty kill -9 of any process, also of process 0, by a timer; the launcher starts all again from the checkpoint."""
-  fields = {'epochs': 240, 'save_steps': 20, 'eval_every': 0}
+  fields = {'epochs': 240, 'eval_every': 0, **saves}
   whole, folder = tmp_path / 'whole', tmp_path / 'killed'
   assert execute(launched(criteo, whole, 2, **fields), repository)[0] == 0
   rng, kills = random.Random(0), 0
@@ -214,8 +217,8 @@ def test_kills_at_random_moments_lose_and_repeat_nothing(criteo, tmp_path, repos
   assert process.returncode == 0
   assert kills == 20, 'the run was too short'
   assert result(out)['step'] == fields['epochs'] * 19
-  jax.tree.map(np.testing.assert_array_equal, restored(folder)[0], restored(whole)[0])
-  assert restored(folder)[1] == restored(whole)[1]
+  jax.tree.map(np.testing.assert_array_equal, restored(folder, **fields)[0], restored(whole, **fields)[0])
+  assert restored(folder, **fields)[1] == restored(whole, **fields)[1]
   assert losses(folder) == losses(whole)
 
 

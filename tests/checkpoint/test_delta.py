@@ -7,14 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from dlrm_jax import clock, train
+from dlrm_jax import train
 from dlrm_jax.checkpoint import delta, full
 from dlrm_jax.checkpoint.contents import find_checkpoint
 from dlrm_jax.checkpoint.full import CheckpointError, Checkpoints, to_dict
-from dlrm_jax.distributed import Members
 from dlrm_jax.program import make_program
 from dlrm_jax.state import init_state, state_placing
-from tests.helpers import devices, small_spec
+from tests.helpers import crashing, devices, small_spec
 
 KINDS = {
   'static': {'embedding__buckets': (4000,)},
@@ -25,7 +24,8 @@ KINDS = {
   },
   'adaptive': {
     'embedding__kind': 'adaptive', 'embedding__rows': 4 * 1024, 'embedding__admission__name': 'counter',
-    'embedding__admission__expected_ids': 4 * 1024, 'embedding__buckets': (4000,), 'embedding__fusion': False, 'optimizer__name': 'gradientdescent',
+    'embedding__admission__expected_ids': 4 * 1024, 'embedding__buckets': (4000,),
+    'embedding__fusion': False, 'optimizer__name': 'gradientdescent',
   },
 }  # fmt: skip
 DELTA = {'delta_seconds': 1.0, 'keep_checkpoint_max': 3, 'no_eval': True, 'embedding__shard_mb': 0.0}
@@ -130,40 +130,17 @@ def test_where_much_has_changed_or_tables_have_grown_a_whole_one_is_saved(tmp_pa
   assert not (tmp_path / 'deltas/7').exists()
 
 
-class Crash(Exception):
-  pass
-
-
-@pytest.fixture
-def deltas_at(monkeypatch):
-  """Has a delta due after each step of these, and the run crash after another one."""
-
-  def at(steps, crash):
-    def stop(self, step, received=0):
-      if step == crash:
-        raise Crash
-      return 0
-
-    monkeypatch.setattr(clock.EverySeconds, 'is_due', lambda self, step: self._seconds > 0 and step in steps)
-    monkeypatch.setattr(Members, 'stop', stop)
-
-  return at
-
-
 @pytest.mark.parametrize('kind', KINDS)
-def test_a_run_that_crashed_goes_on_from_what_changed_to_the_same_bits(criteo, tmp_path, deltas_at, kind):
+def test_a_run_that_crashed_goes_on_from_what_changed_to_the_same_bits(criteo, tmp_path, kind):
   spec = lambda name, **fields: small_spec(
     criteo, tmp_path, checkpoint=str(tmp_path / name), epochs=2, **DELTA, **KINDS[kind], **fields
   )
-  deltas_at((8, 12, 25, 30), 35)
-  with pytest.raises(Crash):
+  with crashing(deltas=(8, 12, 25, 30), after=35):
     train.run(spec('a', save_steps=20))
   names = lambda folder: sorted(path.name for path in (tmp_path / folder).iterdir())
   assert names('a/checkpoints') == ['20', '8', 'deltas']
   assert names('a/checkpoints/deltas') == ['25', '30']
-  deltas_at((), 0)
   train.run(spec('a'))
-  deltas_at((), 0)
   train.run(spec('b'))
   lines = [json.loads(line)['step'] for line in (tmp_path / 'a/metrics.jsonl').read_text().splitlines()]
   assert lines == [5, 8, 10, 12, 15, 20, 25, 30, 35, 38]
