@@ -60,6 +60,13 @@ class CheckpointError(ValueError):
   """A checkpoint that cannot be used; the message is one line for the user."""
 
 
+class Base(NamedTuple):
+  """The whole checkpoint that deltas are based on."""
+
+  step: int
+  rows: delta.RowDigests
+
+
 @dataclasses.dataclass(frozen=True)
 class Restored:
   """What a checkpoint holds."""
@@ -68,13 +75,7 @@ class Restored:
   state: TrainState
   position: dict[str, Any]  # of the data, after the last trained batch
   spec: dict[str, Any]  # of the run that wrote it
-
-
-class Base(NamedTuple):
-  """The whole checkpoint that deltas are based on."""
-
-  step: int
-  rows: delta.RowDigests
+  base: Base | None  # what further deltas are based on
 
 
 class Checkpoints:
@@ -111,7 +112,7 @@ class Checkpoints:
       return
     tree = to_dict(state)
     self._whole.save(step, args=_items(tree, tree, position, spec), force=True)
-    self._base = Base(step, delta.digests_of(tree['tables'])) if spec.delta_seconds else None
+    self._base = _base(step, state) if spec.delta_seconds else None
 
   def save_changes(self, state: TrainState, position: dict[str, Any], spec: Spec) -> None:
     """As `save`, what changed since the last whole checkpoint; or a whole one where there is none, or where that is
@@ -132,8 +133,9 @@ class Checkpoints:
     """Returns when everything saved is on the disk; raises what went wrong."""
     for manager in self._managers():
       manager.wait_until_finished()
+    newest = max(self.steps(), default=0)
     for step in self._deltas.all_steps() if self._deltas else ():
-      if step <= max(self.steps(), default=0):
+      if step <= newest:
         self._deltas.delete(step)
 
   def restore(self, program: Program) -> Restored | None:
@@ -153,6 +155,7 @@ class Checkpoints:
         continue
       for newer in unreadable:
         self._put_aside(newer)
+      self._base = restored.base
       return restored
     if unreadable:
       raise CheckpointError(
@@ -224,9 +227,19 @@ def read(path: Path, program: Program) -> tuple[Restored, digest.Digests]:
   """A checkpoint, and the digests of its arrays: empty if a version wrote it that had none. Waits for no process."""
   position, config = read_json(path, 'position'), read_json(path, 'config')
   check_same_model(config, specs.to_dict(program.spec), str(path))
-  state = _read_delta(path, program) if is_delta(path) else _read_whole(path, program)
+  whole = path.parents[1] / str(read_json(path, 'base')['step']) if is_delta(path) else path
+  if not whole.is_dir():
+    raise OSError(f'it is what changed since {whole}, which is not there')
+  state = _read_whole(whole, program)
+  base = _base(int(whole.name), state) if program.spec.delta_seconds else None
+  if whole != path:
+    state = _with_changes(path, state, program)
   digests = read_json(path, 'digest') if (path / 'digest').is_dir() else {}
-  return Restored(int(path.name), state, position, config), digests
+  return Restored(int(path.name), state, position, config, base), digests
+
+
+def _base(step: int, state: TrainState) -> Base:
+  return Base(step, delta.digests_of(to_dict(state)['tables']))
 
 
 def _read_whole(path: Path, program: Program) -> TrainState:
@@ -238,11 +251,8 @@ def _read_whole(path: Path, program: Program) -> TrainState:
   return from_dict(template, _read_arrays(path, abstract), placing)
 
 
-def _read_delta(path: Path, program: Program) -> TrainState:
-  whole = path.parents[1] / str(read_json(path, 'base')['step'])
-  if not whole.is_dir():
-    raise OSError(f'it is what changed since {whole}, which is not there')
-  base = _read_whole(whole, program)
+def _with_changes(path: Path, base: TrainState, program: Program) -> TrainState:
+  """The state of a delta, from that of the whole checkpoint, which is given up."""
   tree, saved = to_dict(base), saved_arrays(path)
   of_rows = [name for name in tree['tables'] if delta.ROW in saved['tables'][name]]
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])  # each process reads all rows

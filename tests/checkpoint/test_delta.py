@@ -186,9 +186,12 @@ def test_a_damaged_one_is_put_aside(tmp_path, caplog, damage):
     assert restored.step == 1
     assert_same(restored.state, states[1])
     assert [path.name[:9] for path in (tmp_path / 'deltas').glob('damaged-*')] == ['damaged-2']
-    checkpoints.save_changes(states[2], {}, program.spec)  # this step can be saved again, as a whole one
+    checkpoints.save_changes(states[2], {}, program.spec)  # this step can be saved again
     checkpoints.wait()
-    assert checkpoints.restore(program).step == 2
+    assert checkpoints.steps() == [0]
+    again = checkpoints.restore(program)
+    assert again.step == 2
+    assert_same(again.state, states[2])
   assert f'{folder} cannot be read' in caplog.text
 
 
