@@ -168,9 +168,12 @@ def wait_for(condition, process, seconds=180):
     time.sleep(0.02)
 
 
-def test_killed_processes_go_on_from_what_changed_to_the_same_bits(criteo, tmp_path, repository):
-  """Kill -9 of one of two, again and again, as soon as there is a new checkpoint of what changed."""
-  fields = {'epochs': 60, 'delta_seconds': 0.2, 'keep_checkpoint_max': 2, 'embedding__buckets': (2000,)}
+def test_a_killed_process_goes_on_from_what_changed_to_the_same_bits(criteo, tmp_path, repository):
+  """Kill -9 of one of two as soon as there is a checkpoint of what changed."""
+  fields = {
+    'epochs': 60, 'delta_seconds': 0.2, 'keep_checkpoint_max': 2, 'embedding__buckets': (2000,),
+    'model__dtype': 'bfloat16', 'model__reduce_dtype': 'bfloat16',
+  }  # fmt: skip
   whole, folder = tmp_path / 'whole', tmp_path / 'killed'
   assert execute(launched(criteo, whole, 2, **fields | {'delta_seconds': 0}), repository)[0] == 0
   process = subprocess.Popen(
@@ -178,17 +181,13 @@ def test_killed_processes_go_on_from_what_changed_to_the_same_bits(criteo, tmp_p
     stderr=subprocess.PIPE, text=True,
   )  # fmt: skip
   steps = lambda: {int(path.name) for path in (folder / 'checkpoints/deltas').glob('*') if path.name.isdigit()}
-  seen = []
-  for number in (1, 0):
-    before = steps()
-    wait_for(lambda before=before: max(steps(), default=0) > max(before, default=0), process)
-    seen.append(max(steps()))
-    os.kill(children(process.pid)[number], signal.SIGKILL)
+  wait_for(steps, process)
+  seen = max(steps())
+  os.kill(children(process.pid)[1], signal.SIGKILL)
   _, err = process.communicate(timeout=300)
   assert process.returncode == 0, err
-  resumed = [int(step) for step in re.findall(r'resumed from step (\d+)', err)]
-  assert len(resumed) == 2, err
-  assert all(step >= there for step, there in zip(resumed, seen, strict=True)), (resumed, seen)
+  (resumed,) = re.findall(r'resumed from step (\d+)', err)
+  assert int(resumed) >= seen
   jax.tree.map(np.testing.assert_array_equal, restored(folder, **fields), restored(whole, **fields))
   assert losses(folder) == losses(whole)
 

@@ -6,7 +6,7 @@ and whatever changes a row, in a table of whatever kind, is seen. All that is no
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,22 @@ from dlrm_jax.words import mix
 ROW = 'row'  # beside a table's arrays in a delta: the numbers of the rows that it has of them, some perhaps twice
 MOST = 0.25  # share of the rows from which on a whole checkpoint is worth its time
 
-Tables = dict[str, dict[str, Any]]  # as `full.to_dict` has them
-RowDigests = dict[str, list[UInt32[Array, '2 rows']]]  # of each table's part on each device of this process
+Tree = dict[str, Any]  # a state as `full.to_dict` has it
 
 
-def digests_of(tables: Tables) -> RowDigests:
-  """Of all rows of the tables; those that are small enough for several devices to have all of them are left out."""
+class Before(NamedTuple):
+  """What is remembered of a state, to tell what changed since."""
+
+  shapes: Any  # of all its arrays
+  rows: dict[str, list[UInt32[Array, '2 rows']]]  # digests of the rows of each table on each device of this process
+
+
+def remembered(tree: Tree) -> Before:
+  """Of a state; of the tables that are small enough for several devices to have all of them, no rows."""
+  return Before(jax.tree.map(np.shape, tree), _rows_of(tree['tables']))
+
+
+def _rows_of(tables: dict[str, Any]) -> dict[str, list[Array]]:
   return {
     name: [_digests(parts) for parts in zip(*map(parts_of, _per_row(table)), strict=True)]
     for name, table in tables.items()
@@ -40,15 +50,15 @@ def _digests(parts: Sequence[Array]) -> UInt32[Array, '2 rows']:
   return sum(mix(row_digests(part) ^ mix(jnp.uint32(place))) for place, part in enumerate(parts))
 
 
-def changes(tables: Tables, before: RowDigests) -> tuple[Tables, int] | None:
-  """The tables with only the rows that differ from those before, and how many these are; waits for all processes.
+def changes(tree: Tree, before: Before) -> tuple[Tree, int] | None:
+  """The state with only the rows of tables that differ from those before, and how many; waits for all processes.
 
-  None where the tables have other shapes, or where as much has changed as a whole checkpoint is worth.
+  None where something has grown, or where as much has changed as a whole checkpoint is worth.
   """
-  now = digests_of(tables)
-  if jax.tree.map(np.shape, now) != jax.tree.map(np.shape, before):
+  if jax.tree.map(np.shape, tree) != before.shapes:
     return None
-  changed = {name: list(map(_differing, parts, before[name])) for name, parts in now.items()}
+  tables = tree['tables']
+  changed = {name: list(map(_differing, parts, before.rows[name])) for name, parts in _rows_of(tables).items()}
   numbers = np.array([[max(map(len, rows)), sum(map(len, rows))] for rows in changed.values()], np.int32)
   numbers = multihost_utils.process_allgather(numbers.reshape(-1, 2))
   room = dict(zip(changed, map(_rounded, numbers[..., 0].max(axis=0).tolist()), strict=True))
@@ -56,7 +66,7 @@ def changes(tables: Tables, before: RowDigests) -> tuple[Tables, int] | None:
   if sum(room[name] * devices[name] for name in room) > MOST * sum(len(tables[name]['value']) for name in room):
     return None
   cut = {name: _cut(tables[name], rows, room[name]) for name, rows in changed.items()}
-  return tables | cut, int(numbers[..., 1].sum())
+  return tree | {'tables': tables | cut}, int(numbers[..., 1].sum())
 
 
 def _differing(now: Array, before: Array) -> np.ndarray:

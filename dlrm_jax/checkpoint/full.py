@@ -64,7 +64,7 @@ class Base(NamedTuple):
   """The whole checkpoint that deltas are based on."""
 
   step: int
-  rows: delta.RowDigests
+  before: delta.Before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,19 +112,19 @@ class Checkpoints:
       return
     tree = to_dict(state)
     self._whole.save(step, args=_items(tree, tree, position, spec), force=True)
-    self._base = _base(step, state) if spec.delta_seconds else None
+    self._base = Base(step, delta.remembered(tree)) if spec.delta_seconds else None
 
   def save_changes(self, state: TrainState, position: dict[str, Any], spec: Spec) -> None:
     """As `save`, what changed since the last whole checkpoint; or a whole one where there is none, or where that is
     hardly more."""
     self.wait()  # a delta is of no use before the whole one
     tree, base = to_dict(state), self._base
-    changed = base and delta.changes(tree['tables'], base.rows)
+    changed = base and delta.changes(tree, base.before)
     if not changed:
       self.save(state, position, spec)
       return
-    step, (tables, rows) = int(state.step), changed
-    items = _items(tree, tree | {'tables': tables}, position, spec, base=ocp.args.JsonSave({'step': base.step}))
+    step, (written, rows) = int(state.step), changed
+    items = _items(tree, written, position, spec, base=ocp.args.JsonSave({'step': base.step}))
     self._deltas = self._deltas or _manager(self.folder / DELTAS, DELTAS_KEPT)
     self._deltas.save(step, args=items, force=True)
     logging.info('step %d: a checkpoint of the %s rows that changed since step %d', step, f'{rows:,}', base.step)
@@ -231,15 +231,11 @@ def read(path: Path, program: Program) -> tuple[Restored, digest.Digests]:
   if not whole.is_dir():
     raise OSError(f'it is what changed since {whole}, which is not there')
   state = _read_whole(whole, program)
-  base = _base(int(whole.name), state) if program.spec.delta_seconds else None
+  base = Base(int(whole.name), delta.remembered(to_dict(state))) if program.spec.delta_seconds else None
   if whole != path:
     state = _with_changes(path, state, program)
   digests = read_json(path, 'digest') if (path / 'digest').is_dir() else {}
   return Restored(int(path.name), state, position, config, base), digests
-
-
-def _base(step: int, state: TrainState) -> Base:
-  return Base(step, delta.digests_of(to_dict(state)['tables']))
 
 
 def _read_whole(path: Path, program: Program) -> TrainState:
