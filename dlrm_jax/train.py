@@ -167,7 +167,7 @@ def train(run: Run) -> None:
   run.skipped_rows = sum(of_all(run.skipped_rows))
   warn_of_skipped(run.skipped_rows, 'training')
   if stop:
-    run.save()
+    run.save(changes=spec.delta_seconds > 0)
     run.checkpoints.wait()
     raise Stopped(stop)
 

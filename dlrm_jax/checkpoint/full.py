@@ -110,6 +110,8 @@ class Checkpoints:
     step = int(state.step)
     if step in self._whole.all_steps():
       return
+    if self._deltas:
+      self._deltas.wait_until_finished()  # of two at once, Orbax's processes might not wait for the same
     tree = to_dict(state)
     self._whole.save(step, args=_items(tree, tree, position, spec), force=True)
     self._base = Base(step, delta.remembered(tree)) if spec.delta_seconds else None
@@ -118,12 +120,14 @@ class Checkpoints:
     """As `save`, what changed since the last whole checkpoint; or a whole one where there is none, or where that is
     hardly more."""
     self.wait()  # a delta is of no use before the whole one
-    tree, base = to_dict(state), self._base
+    step, tree, base = int(state.step), to_dict(state), self._base
+    if any(step in manager.all_steps() for manager in self._managers()):
+      return
     changed = base and delta.changes(tree, base.before)
     if not changed:
       self.save(state, position, spec)
       return
-    step, (written, rows) = int(state.step), changed
+    written, rows = changed
     items = _items(tree, written, position, spec, base=ocp.args.JsonSave({'step': base.step}))
     self._deltas = self._deltas or _manager(self.folder / DELTAS, DELTAS_KEPT)
     self._deltas.save(step, args=items, force=True)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -11,6 +12,8 @@ from dlrm_jax import train
 from dlrm_jax.checkpoint import delta, full
 from dlrm_jax.checkpoint.contents import find_checkpoint
 from dlrm_jax.checkpoint.full import CheckpointError, Checkpoints, to_dict
+from dlrm_jax.clock import EverySeconds
+from dlrm_jax.distributed import Members
 from dlrm_jax.program import make_program
 from dlrm_jax.state import init_state, state_placing
 from dlrm_jax.upkeep import grown_parts
@@ -167,6 +170,18 @@ def test_a_run_that_crashed_goes_on_from_what_changed_to_the_same_bits(criteo, t
       states.append(checkpoints.restore(program))
   assert states[0].step == states[1].step == 38
   assert_same(states[0].state, states[1].state)
+
+
+@pytest.mark.parametrize(('stop', 'due'), [(35, 0), (35, 35)])
+def test_a_signal_leaves_what_changed(criteo, tmp_path, monkeypatch, stop, due):
+  fields = {'epochs': 2, 'save_steps': 20, **DELTA, **KINDS['static']}
+  spec = small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), **fields)
+  monkeypatch.setattr(Members, 'stop', lambda self, step, received: signal.SIGTERM if step == stop else 0)
+  monkeypatch.setattr(EverySeconds, 'is_due', lambda self, step: step == due)
+  with pytest.raises(train.Stopped):
+    train.run(spec)
+  assert sorted(path.name for path in (tmp_path / 'a/checkpoints').iterdir()) == ['20', 'deltas']
+  assert [path.name for path in (tmp_path / 'a/checkpoints/deltas').iterdir()] == ['35']
 
 
 def saved(folder, keep=2):
