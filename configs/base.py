@@ -26,7 +26,8 @@ def get_config() -> ConfigDict:
   c.eval_every = 0  # steps between evaluations; 0: only at the end
   c.log_every = 100  # steps between lines of log, metrics.jsonl and event file
   c.save_steps = 0  # steps between checkpoints; 0: only at the end
-  # seconds between checkpoints of the table rows that changed since the last whole one, and of all else; 0: none
+  # seconds between checkpoints of the table rows that changed since the last whole one, and of all that is no table;
+  # 0: none. Takes 8 bytes of memory a row
   c.delta_seconds = 0.0
   c.keep_checkpoint_max = 1  # newest whole checkpoints kept
   c.timeline = 0  # steps between jax.profiler traces of one step; 0: none
