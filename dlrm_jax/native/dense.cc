@@ -21,9 +21,10 @@ namespace {
 
 using namespace dlrm;
 
-template <typename T, bool WithMoments>
-void ForwardLane(const float* w, const float* b, const T* h, const float* weight, T* y, int64_t k, int64_t n,
+template <typename Stored, bool WithMoments>
+void ForwardLane(const float* w, const float* b, const Stored* h, const float* weight, Stored* y, int64_t k, int64_t n,
                  int64_t examples, int64_t first, int64_t last, int64_t call, float* moments) {
+  using T = Operand<Stored>;
   const int64_t words = WordsOf<T>(k);
   Word* a = Scratch<0>(RoundUp(n, Product<T>::kRowStep) * Stride(words));
   if (IsFirstOf(call)) PackTransposed<T>(w, k, n, 0, k, a);
@@ -32,9 +33,9 @@ void ForwardLane(const float* w, const float* b, const T* h, const float* weight
   std::fill_n(sum, 2 * 16 * n, 0.f);
   const Product<T> product;
   for (int64_t at = first * kPanel; at < last * kPanel; at += kPanel) {
-    PackPanel(h + at, examples, k, words, packed);
+    PackPanel<T>(h + at, examples, k, words, packed);
     ForRowsOfProduct(product, a, words, packed, n, [&](int64_t i, const float* c) {
-      Activate<T, WithMoments>(c, b[i], weight + at, y + i * examples + at, sum + 16 * i, square + 16 * i);
+      Activate<Stored, WithMoments>(c, b[i], weight + at, y + i * examples + at, sum + 16 * i, square + 16 * i);
     });
   }
   if (WithMoments) SumRows(sum, 2 * n, moments);
@@ -67,8 +68,9 @@ struct BackwardCall {
 };
 
 // The panels [first, last): gh, and what they add to the gradients of the kernel and of the bias.
-template <typename T, bool WithMoments>
-void BackwardLane(const BackwardCall<T>& in, int64_t first, int64_t last, float* gkernel, float* gbias) {
+template <typename Stored, bool WithMoments>
+void BackwardLane(const BackwardCall<Stored>& in, int64_t first, int64_t last, float* gkernel, float* gbias) {
+  using T = Operand<Stored>;
   const int64_t k = in.k, n = in.n, examples = in.examples, words = WordsOf<T>(n);
   const int64_t padded_k = RoundUp(k, Product<T>::kRowStep);
   Word* a = Scratch<0>(padded_k * Stride(words));  // W, in words along n
@@ -86,14 +88,14 @@ void BackwardLane(const BackwardCall<T>& in, int64_t first, int64_t last, float*
       const int64_t example = (start + i) * kPanel;
       for (int64_t row = 0; row < n; ++row) {
         const int64_t at = row * examples + example;
-        ReluGradient<T, WithMoments>(in.gy + at, in.y + at, in.weight + example, in.gsum[row], 2 * in.gsquare[row],
+        ReluGradient<Stored, T, WithMoments>(in.gy + at, in.y + at, in.weight + example, in.gsum[row], 2 * in.gsquare[row],
                                      g + row * kPanel, sums + 16 * row);
       }
-      PackPanel(g, kPanel, n, words, packed);
+      PackPanel<T>(g, kPanel, n, words, packed);
       TransposePanel(g, n, i, slice_g, kSliceWords<T>);
       for (int64_t row = 0; row < k; ++row) {
-        std::memcpy(slice_h + row * Stride(kSliceWords<T>) + i * kPanelWords<T>, in.h + row * examples + example,
-                    kPanel * sizeof(T));
+        Word* to = slice_h + row * Stride(kSliceWords<T>) + i * kPanelWords<T>;
+        CopyRow(in.h + row * examples + example, reinterpret_cast<T*>(to));
       }
       ForRowsOfProduct(product, a, words, packed, k, [&](int64_t row, const float* c) {
         ConvertRow(c, in.gh + row * examples + example);

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "dense_core.h"
@@ -41,17 +42,20 @@ int64_t WordsOf(int64_t elements) {
 // first-level cache.
 inline int64_t Stride(int64_t words) { return (Ceil(words, 16) | 1) * 16; }
 
-// out[row of 64 examples, kPerWord rows of in to a word] <- in[rows, 64 of ld examples]; rows past the end are zero.
-template <typename T>
-void PackPanel(const T* in, int64_t ld, int64_t rows, int64_t words, Word* out) {
-  static const T zeros[kPanel] = {};
+// out[row of 64 examples, kPerWord rows of in to a word] <- in[rows, 64 of ld examples], as T; rows past the end are zero.
+template <typename T, typename In>
+void PackPanel(const In* in, int64_t ld, int64_t rows, int64_t words, Word* out) {
+  static const In zeros[kPanel] = {};
+  auto row_of = [&](int64_t row) { return row < rows ? in + row * ld : zeros; };
   for (int64_t w = 0; w < words; ++w, out += kPanel) {
-    const T* rows_in[kPerWord<T>];
-    for (int64_t i = 0; i < kPerWord<T>; ++i) {
-      const int64_t row = w * kPerWord<T> + i;
-      rows_in[i] = row < rows ? in + row * ld : zeros;
+    if constexpr (std::is_same_v<T, In>) {
+      const T* rows_in[kPerWord<T>];
+      for (int64_t i = 0; i < kPerWord<T>; ++i) rows_in[i] = row_of(w * kPerWord<T> + i);
+      Interleave(rows_in, out);
+    } else {
+      static_assert(kPerWord<T> == 1);
+      CopyRow(row_of(w), reinterpret_cast<T*>(out));
     }
-    Interleave(rows_in, out);
   }
 }
 

@@ -170,7 +170,7 @@ class Lane {
 
   void Forward(int64_t l, int64_t i) {
     const Layer& layer = call_.layers[l];
-    PackPanel(Activations(l, i, 0), call_.h_stride() * kPerWord<T>, layer.k, WordsOf<T>(layer.k), memory_ + call_.packed);
+    PackPanel<T>(Activations(l, i, 0), call_.h_stride() * kPerWord<T>, layer.k, WordsOf<T>(layer.k), memory_ + call_.packed);
     ForRowsOfProduct(product_, weights_ + layer.forward, WordsOf<T>(layer.k), memory_ + call_.packed, layer.n,
                      [&](int64_t row, const float* c) {
                        Activate<T, false>(c, layer.bias[row], nullptr, Activations(l + 1, i, row), nullptr, nullptr);
@@ -225,7 +225,7 @@ class Lane {
     const Layer& layer = call_.layers[l];
     const int64_t words = WordsOf<T>(layer.n);
     TransposePanel(Gradient(i), layer.n, InSlice(i), slice_ + layer.g, call_.slice_words());
-    PackPanel(Gradient(i), kPanel, layer.n, words, memory_ + call_.packed);
+    PackPanel<T>(Gradient(i), kPanel, layer.n, words, memory_ + call_.packed);
     Vector x[kVectors];
     auto use = [&](int64_t row, const float* c) {
       LoadRow(c, x);
@@ -339,4 +339,4 @@ auto TopBinding() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DlrmTopFloat, Top<float>, TopBinding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(DlrmTopBFloat16, Top<dlrm::BFloat16>, TopBinding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DlrmTopBFloat16, Top<dlrm::Operand<dlrm::BFloat16>>, TopBinding());
