@@ -18,7 +18,7 @@ import numpy as np
 from configs import base
 from dlrm_jax import spec as specs
 from dlrm_jax.checkpoint.contents import Contents, Ids, Known, open_checkpoint
-from dlrm_jax.checkpoint.full import CheckpointError, flat
+from dlrm_jax.checkpoint.same_model import CheckpointError, flat
 from dlrm_jax.checkpoint.vectors import Export
 from dlrm_jax.data.schema import CATEGORIES
 from dlrm_jax.embeddings.directory import BYTES_PER_ROW

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     distributed.quiet()
   # Only now may JAX start.
   from dlrm_jax import train
-  from dlrm_jax.checkpoint.full import CheckpointError
+  from dlrm_jax.checkpoint.same_model import CheckpointError
   from dlrm_jax.data.schema import DataError
   from dlrm_jax.logs import setup_logging
 

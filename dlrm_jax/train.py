@@ -148,7 +148,7 @@ def train(run: Run) -> None:
 
       last = run.step == run.last_step
       save, evaluate = (every(steps, run.step) and not last for steps in (spec.save_steps, spec.eval_every))
-      delta = deltas.is_due(run.step) and not last and not save
+      delta = not (save or last) and deltas.is_due(run.step)
       # In this order: nothing is saved whose loss was not seen to be finite, and it is safe before the slow evaluation.
       if save or delta or last or every(spec.log_every, run.step):
         log(run, meter, progress)

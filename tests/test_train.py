@@ -12,7 +12,7 @@ import pytest
 
 from dlrm_jax import train
 from dlrm_jax.checkpoint import full
-from dlrm_jax.checkpoint.full import CheckpointError
+from dlrm_jax.checkpoint.same_model import CheckpointError
 from dlrm_jax.data.schema import DataError
 from tests.helpers import small_spec
 

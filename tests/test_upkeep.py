@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from dlrm_jax import sources, train, upkeep
-from dlrm_jax.checkpoint.full import CheckpointError, Checkpoints
+from dlrm_jax.checkpoint.full import Checkpoints
+from dlrm_jax.checkpoint.same_model import CheckpointError
 from dlrm_jax.embeddings import directory as directories
 from dlrm_jax.program import make_program
 from dlrm_jax.spec import COLUMNS

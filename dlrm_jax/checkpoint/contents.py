@@ -14,7 +14,8 @@ from etils import epath
 
 from configs import base
 from dlrm_jax import spec as specs
-from dlrm_jax.checkpoint.full import CheckpointError, first_line, is_delta, read_json, saved_arrays, states
+from dlrm_jax.checkpoint.full import first_line, is_delta, read_json, saved_arrays, states
+from dlrm_jax.checkpoint.same_model import CheckpointError
 from dlrm_jax.data.schema import CATEGORIES
 from dlrm_jax.embeddings import directory as directories
 from dlrm_jax.embeddings.adaptive import shared_name

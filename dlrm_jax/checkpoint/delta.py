@@ -38,7 +38,7 @@ def remembered(tree: Tree) -> Before:
 
 def _rows_of(tables: dict[str, Any]) -> dict[str, list[Array]]:
   return {
-    name: [_digests(parts) for parts in zip(*map(parts_of, _per_row(table)), strict=True)]
+    name: [_digests(parts) for parts in zip(*map(_parts_of, _per_row(table)), strict=True)]
     for name, table in tables.items()
     if _is_cut(table['value'])
   }
@@ -83,15 +83,13 @@ def _cut(table: dict[str, Any], rows: list[np.ndarray], room: int) -> dict[str, 
   """A table with some of its rows, `room` of each device: where there are fewer, the first of them again."""
   value = table['value']
   padded = [np.concatenate([own, np.full(room - len(own), own[0] if len(own) else 0)]) for own in rows]
-  place = [jax.device_put(own.astype(np.int32), part.device) for own, part in zip(padded, parts_of(value), strict=True)]
+  shards = value.addressable_shards
+  place = [jax.device_put(own.astype(np.int32), shard.device) for own, shard in zip(padded, shards, strict=True)]
+  number = [own.astype(np.uint32) + np.uint32(first_row(shard)) for own, shard in zip(place, shards, strict=True)]
 
   def taken(leaf: Array) -> Array:
-    return _joined(leaf, list(map(_take, parts_of(leaf), place))) if _is_per_row(table, leaf) else leaf
+    return _joined(leaf, list(map(_take, _parts_of(leaf), place))) if _is_per_row(table, leaf) else leaf
 
-  number = [
-    jax.device_put(np.uint32(first_row(shard)) + own.astype(np.uint32), shard.device)
-    for own, shard in zip(padded, value.addressable_shards, strict=True)
-  ]
   return jax.tree.map(taken, table) | {ROW: _joined(value, number)}
 
 
@@ -142,6 +140,6 @@ def _is_cut(value: Array) -> bool:
   return len(value.sharding.device_set) == 1 or not value.sharding.is_fully_replicated
 
 
-def parts_of(leaf: Array) -> list[Array]:
+def _parts_of(leaf: Array) -> list[Array]:
   """What this process's devices have of an array, in their order."""
   return [shard.data for shard in leaf.addressable_shards]

@@ -285,7 +285,7 @@ template <>
 inline Vector MultiplyAdd<BFloat16>(Vector c, Word a, Vector b) {
 #if defined(__AVX512BF16__)
   return (Vector)_mm512_dpbf16_ps((__m512)c, (__m512bh)b, (__m512bh)_mm512_set1_epi32(a));
-#else
+#else  // compiled where AMX is emulated, and never called: see Operand
   const Words pair = (Words)b;
   c += Widen(BFloat16{static_cast<uint16_t>(a)}) * (Vector)(pair << 16);
   return c + Widen(BFloat16{static_cast<uint16_t>(a >> 16)}) * (Vector)(pair & 0xffff0000u);

@@ -11,7 +11,8 @@ import pytest
 from dlrm_jax import train
 from dlrm_jax.checkpoint import delta, full
 from dlrm_jax.checkpoint.contents import find_checkpoint
-from dlrm_jax.checkpoint.full import CheckpointError, Checkpoints, to_dict
+from dlrm_jax.checkpoint.full import Checkpoints, to_dict
+from dlrm_jax.checkpoint.same_model import CheckpointError
 from dlrm_jax.clock import EverySeconds
 from dlrm_jax.distributed import Members
 from dlrm_jax.program import make_program
@@ -43,6 +44,7 @@ def program_of(number, kind='static'):
 def other(program, state, share, seed):
   """A state with another step and other numbers in a share of each table's rows, and in all of what is no row."""
   rng = np.random.default_rng(seed)
+
   def of_table(table):
     rows = len(table.value)
     chosen = rng.choice(rows, int(share * rows), replace=False)

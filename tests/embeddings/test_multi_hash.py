@@ -13,7 +13,7 @@ from pyarrow import parquet
 from configs import base, multi_hash
 from dlrm_jax import bits, inspect_checkpoint, train
 from dlrm_jax import spec as specs
-from dlrm_jax.checkpoint.full import CheckpointError
+from dlrm_jax.checkpoint.same_model import CheckpointError
 from dlrm_jax.embeddings.multi_hash import OPERATIONS, split_of
 from dlrm_jax.program import make_program
 from dlrm_jax.state import init_state
