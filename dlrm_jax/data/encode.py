@@ -6,7 +6,7 @@ Rows in one piece make shuffling and interleaving one copy each.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -138,7 +138,7 @@ def _pack(columns: Columns, integers: Sequence[np.ndarray], spec: DataSpec, rows
 def to_batch(rows: np.ndarray, size: int) -> Batch:
   """Packed rows, n <= size, to a `Batch` of `size` examples in memory of its own, padded with weight 0."""
   batch = new_batch(size, rows.shape[1] == KEY.stop)
-  fill(batch, 0, rows)
+  fill(batch, slice(len(rows)), rows)
   pad(batch, len(rows))
   return batch
 
@@ -154,15 +154,15 @@ def new_batch(size: int, keys: bool = False) -> Batch:
   )
 
 
-def fill(batch: Batch, at: int, rows: np.ndarray) -> None:
-  """Copies packed rows into the examples [at, at + n) of a batch."""
-  floats, part = rows.view(np.float32), slice(at, at + len(rows))
-  batch.label[part] = floats[:, 0]
-  batch.dense[part] = floats[:, DENSE]
-  batch.bucket[part] = rows[:, BUCKET]
-  batch.weight[part] = floats[:, WEIGHT]
+def fill(batch: Batch, at: Any, rows: np.ndarray) -> None:
+  """Copies packed rows `u32[..., width]` into the examples of a batch at a numpy index."""
+  floats = rows.view(np.float32)
+  batch.label[at] = floats[..., 0]
+  batch.dense[at] = floats[..., DENSE]
+  batch.bucket[at] = rows[..., BUCKET]
+  batch.weight[at] = floats[..., WEIGHT]
   if batch.key is not None:
-    batch.key[part] = rows[:, KEY].reshape(-1, len(CATEGORIES), 2)
+    batch.key[at] = rows[..., KEY].reshape(*rows.shape[:-1], len(CATEGORIES), 2)
 
 
 def pad(batch: Batch, at: int) -> None:

@@ -2,8 +2,9 @@
 
 Rows 0..N-1 are cut into S contiguous streams, stream s having `(N - s + S - 1) // S` rows. Position p of an epoch is
 row p // S of stream p % S, after that stream's shuffle. So every position below N is one row, whatever N and S; batch t
-of size B is the positions [t B, (t + 1) B); and process i of P serves the streams s with s % P == i, so that the global
-batch does not depend on P.
+of size B is the positions [t B, (t + 1) B); and process i of P serves the streams from i S // P to (i + 1) S // P, so
+that the global batch does not depend on P. If B is a multiple of S, each stream has B // S places in the batch, one
+after another, and the order of the examples does not depend on P either, so neither do the bits of sums (sums.py).
 """
 
 import dataclasses
@@ -42,7 +43,8 @@ class Layout:
   @functools.cached_property
   def local(self) -> range:
     """The streams of this process."""
-    return range(self.process_index, self.streams, self.process_count)
+    start, stop = (i * self.streams // self.process_count for i in (self.process_index, self.process_index + 1))
+    return range(start, stop)
 
   def stream_rows(self, stream: int) -> int:
     """Rows of a stream."""
@@ -55,18 +57,14 @@ class Layout:
   def local_count(self, position: int) -> int:
     """Positions below `position` that belong to this process."""
     row, stream = divmod(position, self.streams)
-    return row * len(self.local) + len(range(self.process_index, stream, self.process_count))
+    return row * len(self.local) + len(range(self.local.start, min(stream, self.local.stop)))
 
   def local_size(self, batch_size: int) -> int:
     """The most positions of a batch that any process has: what every process pads its share to."""
     whole, rest = divmod(batch_size, self.streams)
-    owner = [stream % self.process_count for stream in range(self.streams)] * 2
-    shares = [
-      whole * len(range(process, self.streams, self.process_count)) + owner[start : start + rest].count(process)
-      for process in range(self.process_count)
-      for start in range(self.streams)
-    ]
-    return max(shares)
+    most = -(-self.streams // self.process_count)  # streams of a process
+    # The rest is of streams that stand beside each other, which may all be of one process.
+    return whole * most + min(rest, most)
 
   def window(self, stream: int, row: int) -> Window:
     """The window of a stream that holds one of its rows.

@@ -8,6 +8,7 @@ import sys
 from typing import NamedTuple
 
 import grain
+import jax
 import numpy as np
 
 from dlrm_jax.data.encode import WEIGHT, WIDTH, fill, new_batch, pad, to_batch, width
@@ -19,7 +20,7 @@ from dlrm_jax.structs import Batch
 
 State = dict[str, int]
 
-_NOTHING = np.empty((0, WIDTH), np.uint32)
+_NOTHING = np.empty((1, 0, WIDTH), np.uint32)
 
 
 def batches_per_epoch(rows: int, batch_size: int) -> int:
@@ -109,7 +110,7 @@ class TrainIterator(grain.DatasetIterator):
   """Yields `(batch, state)`, where `state` goes on after that batch; never ends.
 
   Every row appears once an epoch, with weight 1; the end of the epoch's last batch, and rows left out because they are
-  bad, have weight 0. The same state gives the same batches, whatever was read before.
+  bad, have weight 0. Examples stand as `layout` says. The same state gives the same batches, whatever was read before.
 
   Attributes:
     skipped_rows: bad rows of this process left out of the batches so far.
@@ -141,10 +142,12 @@ class TrainIterator(grain.DatasetIterator):
     self._close_reader()
     self._epoch, self._position = epoch, position
     self._start_epoch()
-    self._row = position // self._layout.streams
+    self._row, rest = divmod(position, self._layout.streams)
+    self._has_places &= rest == 0
     self._drop = self._layout.local_count(position) - self._layout.local_count(self._row * self._layout.streams)
 
   def _start_epoch(self) -> None:
+    self._has_places = self._batch_size % self._layout.streams == 0  # every stream, in every batch, see `layout`
     self._row = 0  # the next row of each stream that will be put into a block
     self._drop = 0  # rows of the next block that were consumed before
     self._give_block()
@@ -171,20 +174,25 @@ class TrainIterator(grain.DatasetIterator):
 
   def _take(self, count: int) -> Batch:
     """The next `count` rows of this process as a padded batch."""
-    batch, done = new_batch(self._local_size, self._spec.keys), 0
+    batch, streams, places, done, at = new_batch(self._local_size, self._spec.keys), 1, count, 0, 0
+    if self._has_places:
+      streams, places = len(self._layout.local), self._batch_size // self._layout.streams
+    if count < self._local_size:
+      pad(batch, 0)
+    grid = jax.tree.map(lambda values: values[: streams * places].reshape(streams, places, *values.shape[1:]), batch)
     while done < count:
-      if not len(self._block):
+      if not self._block.shape[1]:
         self._give_block()
         self._block = self._next_block()
-      rows, self._block = self._block[: count - done], self._block[count - done :]
-      fill(batch, done, rows)
-      done += len(rows)
-    pad(batch, count)
+      rows, self._block = self._block[:, : places - at], self._block[:, places - at :]
+      fill(grid, (slice(rows.shape[0]), slice(at, at + rows.shape[1])), rows)
+      done, at = done + rows.shape[0] * rows.shape[1], at + rows.shape[1]
     self.skipped_rows += int(count - np.count_nonzero(batch.weight))
     return batch
 
   def _next_block(self) -> np.ndarray:
-    """Rows from `_row` to where the first of this process's streams needs another window, interleaved."""
+    """Rows from `_row` to where the first of this process's streams needs another window: `u32[streams, rows, width]`,
+    or, if a stream has no places of its own, `u32[1, rows, width]`, interleaved."""
     streams = [stream for stream in self._layout.local if self._row < self._layout.stream_rows(stream)]
     for stream in streams:
       if stream not in self._windows or self._windows[stream].window.stop <= self._row:
@@ -194,13 +202,16 @@ class TrainIterator(grain.DatasetIterator):
     # The cap keeps a block to the size of a window where the streams are so short that all have only one.
     cap = self._row + max((self._spec.shuffle_rows or READ_ROWS) // self._layout.streams, 1)
     stop = min(cap, *(window.stop for window, _ in held))
-    shape = (stop - self._row, len(streams), self._width)
-    block = self._memory.take(shape[0] * shape[1]).reshape(shape)
+    count, drop = stop - self._row, self._drop
+    block = self._memory.take(len(streams) * count)
+    if self._has_places:
+      out = by_stream = block.reshape(len(streams), count, -1)
+    else:
+      out, by_stream = block[None, drop:], block.reshape(count, len(streams), -1).transpose(1, 0, 2)
     for i, (window, rows) in enumerate(held):
-      block[:, i] = rows[self._row - window.start : stop - window.start]
-    self._row = stop
-    drop, self._drop = self._drop, 0
-    return block.reshape(-1, self._width)[drop:]
+      by_stream[i] = rows[self._row - window.start : stop - window.start]
+    self._row, self._drop = stop, 0
+    return out
 
   def _give_block(self) -> None:
     block, self._block = self._block, _NOTHING

@@ -189,7 +189,7 @@ class QueueIterator:
       read = self._reads[0]
       rows = read.rows.result()
       part = rows[read.at : read.at + count - done]
-      fill(batch, done, part)
+      fill(batch, slice(done, done + len(part)), part)
       done += len(part)
       read.at += len(part)
       if read.at == len(rows):
