@@ -17,6 +17,7 @@ from dlrm_jax.embeddings.update import UPDATES
 from dlrm_jax.model import layers
 from dlrm_jax.model.dlrm import DLRM
 from dlrm_jax.native import build, directory, exchange, rows
+from dlrm_jax.native.fence import fence
 from dlrm_jax.optim import OPTIMIZERS, dense_transform
 from dlrm_jax.optim.schedules import LearningRate, schedule
 from dlrm_jax.sharding import ALONE, Axis
@@ -41,6 +42,7 @@ def make_program(spec: Spec, axis: Axis = ALONE) -> Program:
   options, rate = spec.optimizer, learning_rate(spec.optimizer)
   make = OPTIMIZERS[options.name]
   native = build.choose(spec.native)
+  axis = dataclasses.replace(axis, fence=fence) if native.ready else axis
   kernels = rows.NATIVE if native.ready else rows.XLA
   table_tx = make(rate, **OPTIONS[options.name](options))
   # DeepRec has the RMSProp mode for table rows alone.

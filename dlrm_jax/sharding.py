@@ -19,7 +19,7 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int32, UInt32
 
-from dlrm_jax import bits
+from dlrm_jax import bits, sums
 
 NAME = 'devices'
 CUT = PartitionSpec(NAME)  # the leading axis of an array: examples of a batch, rows of a table
@@ -34,11 +34,15 @@ class Axis:
   """The devices of a mesh with one axis, in order; without a mesh, one device.
 
   All words are made of `swap`, in which a device sends to all others at once and waits once. Gloo's sums and gathers go
-  round a ring, in messages that wait for each other, and took up to three times as long. So sums are in the order of
-  the devices.
+  round a ring, in messages that wait for each other, and took up to three times as long. Sums are those of sums.py: if
+  a device has 1, 2, 4, ... leaves of examples, they have the same bits on any number of devices.
+
+  To differentiate: of what all devices have alike, the gradient is alike on all.
   """
 
   mesh: Mesh | AbstractMesh | None = None
+  # What is to have the same bits on any number of devices goes through this: `native.fence`, or nothing.
+  fence: Callable[[Any], Any] = lambda tree: tree
 
   @property
   def size(self) -> int:
@@ -50,7 +54,7 @@ class Axis:
     return jax.lax.axis_index(NAME) if self.mesh else 0
 
   def sum(self, tree: Any) -> Any:
-    """The sum over the devices of each leaf. Its gradient is that of the sum of what all devices differentiate."""
+    """The sum over the devices of each leaf, alike on all."""
     return jax.tree.map(self._sum, tree) if self.mesh else tree
 
   def _sum(self, x: Array, dtype: str = 'float32') -> Array:
@@ -61,11 +65,12 @@ class Axis:
     return bits.widen(whole)[: x.size].reshape(x.shape)
 
   def sum_flat(self, tree: Any, dtype: str = 'float32') -> Any:
-    """As `sum`, of float32 leaves, in one message, in which the numbers are of this type."""
-    if not self.mesh:
-      return tree
-    flat, unflatten = ravel_pytree(tree)
-    return unflatten(self._sum(flat, dtype))
+    """As `sum`, of float32 leaves, in one message, in which the numbers are of this type. May be differentiated."""
+    return _sum(self, tree, dtype)
+
+  def to_each(self, tree: Any, dtype: str = 'float32') -> Any:
+    """What all devices have alike, for each to use with its examples: the gradient is the `sum_flat` of all uses."""
+    return _to_each(self, tree, dtype)
 
   def gather(self, tree: Any) -> Any:
     """The leaves of all devices, one after another along the leading axis; leaves of 32-bit numbers in one message."""
@@ -84,8 +89,8 @@ class Axis:
     return self._add(self.swap(bits.stored(x, dtype)).reshape(self.size, -1, *x.shape[1:]))
 
   def _add(self, parts: Array) -> Array:
-    """The sum of what every device gave, [devices, ...], in their order: XLA:CPU's own is several times as slow."""
-    return functools.reduce(jnp.add, (bits.widen(parts[device]) for device in range(self.size)))
+    """The sum of what every device gave, [devices, ...]. XLA:CPU's own is several times as slow."""
+    return sums.of_terms([bits.widen(parts[device]) for device in range(self.size)])
 
   def most(self, x: Array) -> Array:
     """The largest of the devices' numbers."""
@@ -137,6 +142,26 @@ class Axis:
     is_spec = lambda leaf: isinstance(leaf, PartitionSpec)
     return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=is_spec)
 
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 2))
+def _sum(axis: Axis, tree: Any, dtype: str) -> Any:
+  if axis.mesh:
+    flat, unflatten = ravel_pytree(tree)
+    tree = unflatten(axis._sum(flat, dtype))
+  return axis.fence(tree)  # on one device, too
+
+
+_sum.defvjp(lambda axis, tree, dtype: (_sum(axis, tree, dtype), None), lambda axis, dtype, _, gradient: (gradient,))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 2))
+def _to_each(axis: Axis, tree: Any, dtype: str) -> Any:
+  return tree
+
+
+_to_each.defvjp(
+  lambda axis, tree, dtype: (tree, None), lambda axis, dtype, _, gradient: (_sum(axis, gradient, dtype),)
+)
 
 ALONE = Axis()
 

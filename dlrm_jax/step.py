@@ -10,12 +10,15 @@ import optax
 from jax import Array
 from jaxtyping import Float
 
+from dlrm_jax import sums
+from dlrm_jax.model.mlp import Activations
 from dlrm_jax.program import Program
 from dlrm_jax.sharding import CUT, CUT_STACK, WHOLE, after
 from dlrm_jax.state import state_specs
 from dlrm_jax.structs import Batch, TrainState
 
 Metrics = dict[str, Array]
+BOTTOM = 'bottom_mlp'  # the parameters of the bottom half
 
 # XLA:CPU fuses in two places: into calls of its kernel library, and by its own passes.
 NO_FUSION = {'xla_cpu_experimental_ynn_fusion_type': '', 'xla_disable_hlo_passes': 'fusion,cpu_multi_output_fusion'}
@@ -68,23 +71,25 @@ def gradients(
   where most of the activations are, runs over the slices one after another.
   """
 
-  def bottom(params: Any) -> tuple[Array, Any]:
-    variables = {'params': params, 'batch_stats': state.batch_stats}
-    h, new = program.model.apply(variables, batch.dense, batch.weight, True, mutable=['batch_stats'], method='bottom')
-    return h, new.get('batch_stats', {})
+  def bottom(params: Any) -> tuple[Activations, Any]:
+    variables = {'params': state.params | params, 'batch_stats': state.batch_stats}
+    out, new = program.model.apply(variables, batch.dense, batch.weight, True, mutable=['batch_stats'], method='bottom')
+    return out, new.get('batch_stats', {})
 
-  h, bottom_vjp, batch_stats = jax.vjp(bottom, state.params, has_aux=True)
-  total = jnp.maximum(examples, 1)
+  def top_loss(shared: Any, h: Array, vectors: Array, label: Array, weight: Array) -> Array:
+    params, scale_shift = shared
+    inputs = Activations(h, scale_shift), vectors, label, weight, total
+    return program.model.apply({'params': state.params | params}, *inputs, method='loss')
 
-  def top_loss(params: Any, h: Array, vectors: Array, label: Array, weight: Array) -> Array:
-    return program.model.apply({'params': params}, h, vectors, label, weight, total, method='loss')
-
-  loss, (top_gradient, h_gradient, vectors_gradient) = _over_slices(
-    jax.value_and_grad(top_loss, argnums=(0, 1, 2)), program.spec.micro_batch, state.params, h, vectors, batch
+  (h, scale_shift), bottom_vjp, batch_stats = jax.vjp(bottom, {BOTTOM: state.params[BOTTOM]}, has_aux=True)
+  of_top = {name: part for name, part in state.params.items() if name != BOTTOM}
+  total, top = jnp.maximum(examples, 1), jax.value_and_grad(top_loss, argnums=(0, 1, 2))
+  loss, ((top_gradient, of_scale_shift), h_gradient, vectors_gradient) = _over_slices(
+    top, program.spec.micro_batch, (of_top, scale_shift), h, vectors, batch
   )
-  (bottom_gradient,) = bottom_vjp(h_gradient)
-  params_gradient = jax.tree.map(jnp.add, bottom_gradient, top_gradient)
-  loss, params_gradient = summed(program, loss, params_gradient)
+  (loss, of_scale_shift), top_gradient = summed(program, (loss, of_scale_shift), top_gradient)
+  (bottom_gradient,) = bottom_vjp(Activations(h_gradient, of_scale_shift))
+  params_gradient = own_part(program, bottom_gradient) | top_gradient
   return loss, (params_gradient, vectors_gradient), batch_stats
 
 
@@ -103,47 +108,55 @@ def after_params(program: Program, whole: TrainState, batch: Batch) -> Batch:
   return batch.replace(bucket=after(batch.bucket, whole.params), key=after(batch.key, whole.params))
 
 
-def summed(program: Program, loss: Array, gradient: Any) -> tuple[Array, Any]:
-  """Loss and gradient of the whole batch; of a parameter that is cut, this device's part."""
-  if not program.axis.mesh:
-    return loss, gradient
+def summed(program: Program, exact: Any, gradient: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+  """Of all devices' examples: what is not to be rounded on its way, and the gradient by some of the parameters; of one
+  that is cut, this device's part."""
   leaves, structure = jax.tree.flatten(gradient)
-  cut = [spec == CUT for spec in structure.flatten_up_to(state_specs(program).params)]
+  cut = jax.tree.leaves(is_cut(program, gradient))
   dtype, axis = program.spec.model.reduce_dtype, program.axis
-  parts = [axis.scatter_sum(leaf, dtype) for leaf, is_cut in zip(leaves, cut, strict=True) if is_cut]
+  parts = [axis.fence(axis.scatter_sum(leaf, dtype)) for leaf, is_cut in zip(leaves, cut, strict=True) if is_cut]
   wholes = [leaf for leaf, is_cut in zip(leaves, cut, strict=True) if not is_cut]
   if dtype == 'float32':
-    loss, *wholes = axis.sum_flat([loss, *wholes])
+    exact, wholes = axis.sum_flat((exact, wholes))
   else:
-    loss, wholes = axis.sum(loss), axis.sum_flat(wholes, dtype)
+    exact, wholes = axis.sum_flat(exact), axis.sum_flat(wholes, dtype)
   order = iter(parts), iter(wholes)
-  return loss, structure.unflatten([next(order[0] if is_cut else order[1]) for is_cut in cut])
+  return exact, structure.unflatten([next(order[0] if is_cut else order[1]) for is_cut in cut])
+
+
+def own_part(program: Program, gradient: dict[str, Any]) -> dict[str, Any]:
+  """Of the gradient by some of the parameters, which all devices have: of one that is cut, this device's part."""
+  own = lambda leaf, is_cut: program.axis.own(leaf) if is_cut else leaf
+  return jax.tree.map(own, program.axis.fence(gradient), is_cut(program, gradient))
+
+
+def is_cut(program: Program, params: dict[str, Any]) -> dict[str, Any]:
+  """Of each of some of the parameters, whether every device has a part of it."""
+  if not program.axis.mesh:
+    return jax.tree.map(lambda _: False, params)
+  specs = state_specs(program).params
+  return jax.tree.map(lambda _, spec: spec == CUT, params, {name: specs[name] for name in params})
 
 
 def _over_slices(
   top: Callable[..., Any],
   slices: int,
-  params: Any,
+  shared: Any,
   h: Float[Array, 'K B'],
   vectors: Float[Array, 'B F D'],
   batch: Batch,
 ) -> tuple[Array, tuple[Any, Array, Array]]:
-  """Loss and gradients of `top`, summed (params) or joined (h, vectors) over the slices of the batch."""
+  """Loss and gradients of `top`, summed (shared) or joined (h, vectors) over the slices of the batch."""
   if slices == 1:
-    return top(params, h, vectors, batch.label, batch.weight)
+    return top(shared, h, vectors, batch.label, batch.weight)
   split = lambda leaf: leaf.reshape(slices, -1, *leaf.shape[1:])
   # h is feature-major: its examples stand in the last axis.
   h_slices = jnp.moveaxis(h.reshape(h.shape[0], slices, -1), 1, 0)
-
-  def one(carry: tuple[Array, Any], piece: tuple[Array, ...]) -> tuple[tuple[Array, Any], tuple[Array, Array]]:
-    loss, (params_gradient, h_gradient, vectors_gradient) = top(params, *piece)
-    return jax.tree.map(jnp.add, carry, (loss, params_gradient)), (h_gradient, vectors_gradient)
-
-  zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
   pieces = (h_slices, split(vectors), split(batch.label), split(batch.weight))
-  (loss, params_gradient), (h_gradient, vectors_gradient) = jax.lax.scan(one, zero, pieces)
+  loss, (shared_gradient, h_gradient, vectors_gradient) = jax.lax.map(lambda piece: top(shared, *piece), pieces)
+  loss, shared_gradient = jax.tree.map(sums.of_terms, (loss, shared_gradient))
   return loss, (
-    params_gradient,
+    shared_gradient,
     jnp.moveaxis(h_gradient, 0, 1).reshape(h.shape),
     vectors_gradient.reshape(vectors.shape),
   )

@@ -15,9 +15,11 @@ import pytest
 
 from dlrm_jax.checkpoint.full import Checkpoints
 from dlrm_jax.embeddings import directory as directories
+from dlrm_jax.native import build
 from dlrm_jax.program import make_program
 from tests.helpers import SMALL, devices, execute, result, small_spec
 
+needs_kernels = pytest.mark.skipif(not build.load().ready, reason=build.load().note)
 CUT = {'embedding.shard_mb': 0.0, 'data.shuffle_rows': 0, 'log_every': 1}
 KINDS = {
   'static': {'model.shard_kb': 0.4},
@@ -67,7 +69,8 @@ def arrays(state):
   return state.replace(tables={name: table.replace(scratch=0) for name, table in state.tables.items()})
 
 
-@pytest.mark.parametrize('kind', [pytest.param('static', marks=pytest.mark.slow), 'dynamic'])
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', KINDS)
 def test_two_processes_do_what_one_does_and_their_checkpoint_serves_any_number(criteo, tmp_path, repository, kind):
   printed = {}
   for processes in (1, 2):
@@ -85,7 +88,7 @@ def test_two_processes_do_what_one_does_and_their_checkpoint_serves_any_number(c
   jax.tree.map(np.testing.assert_array_equal, state, on_four)
   assert position == restored(tmp_path / '1', **KINDS[kind])[1]
   alone, _ = restored(tmp_path / '1', **KINDS[kind])
-  # In another order in their buckets, since the processes' examples stand one after another.
+  # Whatever their order in the buckets is.
   for directory in ('directory', 'filter') if state.known else ():
     one, other = (ids_of(getattr(each.known['fused'], directory)) for each in (state, alone))
     assert one == other
@@ -98,6 +101,29 @@ def test_two_processes_do_what_one_does_and_their_checkpoint_serves_any_number(c
     assert result(out)['auc'] == pytest.approx(printed[2]['auc'], abs=1e-12)
     # XLA rounds some logits in their last bit otherwise where a step is for several devices.
     assert result(out)['log_loss'] == pytest.approx(printed[2]['log_loss'], abs=1e-7)
+
+
+LEAVES = {'batch_size': 512, 'epochs': 6, 'embedding.buckets': (50,), 'save_steps': 5, 'keep_checkpoint_max': 9}
+
+
+@needs_kernels
+@pytest.mark.parametrize('kind', [pytest.param('static', marks=pytest.mark.slow), 'dynamic'])
+def test_any_numbers_of_processes_one_after_another_give_the_bits_of_one(criteo, tmp_path, repository, kind):
+  """Batches are four leaves of sums, two batches an epoch, the second mostly padding."""
+  fields, folders = KINDS[kind] | LEAVES, (tmp_path / 'one', tmp_path / 'parts')
+  code, out, err = execute(launched(criteo, folders[0], 1, **fields), repository)
+  assert code == 0, err
+  for processes, steps in ((2, 3), (4, 8), (1, 10), (2, 0)):
+    code, other, err = execute(launched(criteo, folders[1], processes, **fields, steps=steps), repository)
+    assert code == 0, err
+  one, parts = map(losses, folders)
+  assert one == parts
+  assert list(parts) == list(range(1, 13))
+  (state, position), (alone, position_alone) = (restored(folder, **KINDS[kind]) for folder in folders)
+  assert position == position_alone
+  jax.tree.map(np.testing.assert_array_equal, state, alone)
+  for name in ('auc', 'log_loss'):
+    assert result(other)[name] == pytest.approx(result(out)[name], abs=1e-12 if name == 'auc' else 1e-7)
 
 
 def test_where_one_process_misses_a_file_all_use_the_checkpoint_before(criteo, tmp_path, repository):

@@ -10,6 +10,7 @@ import pytest
 from dlrm_jax import bits
 from dlrm_jax.embeddings import exchange
 from dlrm_jax.embeddings.layout import BLOCK, PARTS, TableLayout
+from dlrm_jax.native import build
 from dlrm_jax.program import make_program
 from dlrm_jax.sharding import CUT, FEW, NAME, WHOLE, Axis
 from dlrm_jax.state import abstract_state, init_state, state_placing, state_specs
@@ -91,6 +92,41 @@ def test_training_does_not_depend_on_the_number_of_devices(case, number):
   np.testing.assert_allclose(other_logit, logit, atol=1e-4)
   # Who has which row, how often it was seen and what was counted does not even differ by rounding.
   jax.tree.map(np.testing.assert_array_equal, other.known, state.known)
+
+
+SAME_BITS = {
+  'static': {'micro_batch': 2},
+  'gather': CASES['static'] | {'optimizer__name': 'adagrad', 'model__dtype': 'bfloat16'},
+  'bfloat16': CASES['bfloat16'] | ROUTED,
+  'all rows': CASES['all rows'] | ROUTED,
+  'network': CASES['network'] | ROUTED,
+  'dot': {'model__interaction': 'dot', 'optimizer__name': 'adam'},
+  'multi-hash': CASES['multi-hash'] | ROUTED | {'optimizer__name': 'gradientdescent'},
+  'counter': CASES['counter'] | ROUTED,
+  'width': CASES['width'] | ROUTED,
+  'adaptive': CASES['adaptive'] | ROUTED,
+}
+
+
+@pytest.mark.skipif(not build.load().ready, reason=build.load().note)
+@pytest.mark.parametrize(
+  'case', [pytest.param(case, marks=() if case in ('static', 'counter') else pytest.mark.slow) for case in SAME_BITS]
+)
+def test_training_has_the_same_bits_on_any_number_of_devices(case):
+  """If each has a power of two of leaves of examples, see sums.py."""
+  fields, results = {'embedding__shard_mb': 0.0} | SAME_BITS[case], []
+  slices = fields.get('micro_batch', 1)
+  for number in (1, 2, 4):
+    program = make_program(small_spec('data', 'result', **fields), devices(number))
+    state, step, losses = init_state(program), jit_train_step(program), []
+    for seed in range(4):
+      batch = make_batch(seed, size=512 * slices, padding=200)
+      state, metrics = step(state, program.axis.put(batch, multiple=slices))
+      losses.append(float(metrics['loss']))
+    state = state.replace(tables={name: (table.value, table.slots) for name, table in state.tables.items()})
+    results.append(jax.device_get((losses, state)))
+  for other in results[1:]:
+    jax.tree.map(np.testing.assert_array_equal, other, results[0])
 
 
 def lookup_and_update(program, state, batch, gradient):
@@ -298,20 +334,23 @@ def test_batches_are_padded_to_what_the_devices_can_share_out():
 @pytest.mark.parametrize('number', [2, 4])
 @pytest.mark.parametrize('size', [3, FEW - 2, FEW])
 def test_sums_of_few_and_of_many_numbers_are_those_of_numpy_with_their_gradients(number, size):
-  """The gradient of one device's numbers is the sum of what all devices ask of the sum."""
+  """The gradient is what all devices alike ask of the sum; of what each uses for itself, the sum of what they ask."""
   axis, rng = devices(number), np.random.default_rng(7)
   many, two = rng.normal(size=(number, size)).astype(np.float32), rng.normal(size=(number, 2)).astype(np.float32)
   asked = rng.normal(size=(number, size)).astype(np.float32)
 
   def both(many, two, asked):
     sums, vjp = jax.vjp(lambda many, two: axis.sum_flat({'a': many[0], 'b': two[0]}), many, two)
-    return sums, vjp({'a': asked[0], 'b': jnp.ones(2)})
+    _, vjp_of_each = jax.vjp(axis.to_each, (many[0], two[0]))
+    return sums, vjp({'a': jnp.ones(size), 'b': two[0]}), vjp_of_each((asked[0], two[0]))[0]
 
-  sums, (of_many, of_two) = axis.over(both, CUT, (WHOLE, CUT))(many, two, asked)
+  sums, (of_many, of_two), (of_each, of_each_two) = axis.over(both, CUT, (WHOLE, CUT, WHOLE))(many, two, asked)
   np.testing.assert_allclose(sums['a'], many.sum(0), rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(sums['b'], two.sum(0), rtol=1e-5, atol=1e-5)
-  np.testing.assert_allclose(of_many, np.tile(asked.sum(0), (number, 1)), rtol=1e-5, atol=1e-5)
-  np.testing.assert_allclose(of_two, np.full((number, 2), number), rtol=1e-5)
+  np.testing.assert_array_equal(of_many, np.ones((number, size)))
+  np.testing.assert_array_equal(of_two, two)
+  np.testing.assert_allclose(of_each, asked.sum(0), rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(of_each_two, two.sum(0), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('number', [2, 4])

@@ -2,9 +2,9 @@
 
 With `gather`, every device sees every other's lookups, so its work grows with their number. Here equal lookups of a
 device meet first, so that what many ask for is asked for once; then each owner gets a box of fixed size, and what does
-not fit goes in a further round, until nothing is left. The work of a device does not grow with the devices; sums over
-devices are in their order, so results repeat to the bit, and differ from those of `gather` by rounding alone. Rows of
-embedding variables are the same as with `gather`: an owner sees its ids in the same order.
+not fit goes in a further round, until nothing is left. The work of a device does not grow with the devices. Results
+repeat to the bit, and are those of `gather` where devices have a power of two of leaves (sums.py) each, else but for
+rounding. Rows of embedding variables are the same as with `gather`: an owner sees its ids in the same order.
 
 What a device tells each owner in the first round, and with it how many rounds it needs, is all that the owner must know
 to answer: vectors and gradients are boxes in the same order.
@@ -22,6 +22,7 @@ from dlrm_jax.embeddings.directory import Ids, owner_of
 from dlrm_jax.native.exchange import ExchangeKernels
 from dlrm_jax.sharding import Axis, after, packed
 from dlrm_jax.structs import Table
+from dlrm_jax.sums import LEAF
 
 SELDOM = 'further_rounds'  # in the names of operations that most steps leave out
 
@@ -120,23 +121,24 @@ def update(
   way: Route,
   table: Table,
   gradient: Float[Array, 'B columns D'],
-  apply: Callable[[Table, Array, Array], Table],
+  apply: Callable[..., Table],
   kernels: ExchangeKernels,
 ) -> Table:
-  """The table part after `apply(table, row i32[N], gradient f32[N, D])` of all that the devices have for its rows.
+  """The table part after `apply(table, row i32[N], gradient f32[N, D], leaf=)` of what all devices have for its rows.
 
-  Once, however many rounds there were: a row is updated by the sum of its gradients.
+  Once, however many rounds there were: a row is updated by the sum of its gradients. What a device has is a leaf, being
+  the sum of leaves: see `RowKernels.merge`.
   """
-  flat, none = gradient.reshape(-1, gradient.shape[-1]), table.value.shape[0]
+  flat, none, leaf = gradient.reshape(-1, gradient.shape[-1]), table.value.shape[0], LEAF * gradient.shape[1]
   places = axis.size * capacity(len(way.row), axis.size)
 
   def gradients(number: int | Array) -> Array:
-    return axis.swap(kernels.add(_slots_of_lookups(axis, way, number).reshape(-1), flat, places))
+    return axis.swap(kernels.add(_slots_of_lookups(axis, way, number).reshape(-1), flat, places, leaf))
 
   def send(number: Array) -> list[Array]:
     return [axis.swap(_boxes(axis, way, number, way.row, none, kernels)), gradients(number)]
 
-  take = lambda table, received: (apply(table, *received), ())
+  take = lambda table, received: (apply(table, *received, leaf=len(received[0]) // axis.size), ())
   return hand_over(axis, way, [way.asked, gradients(0)], send, (none, 0), table, take, ())[0]
 
 

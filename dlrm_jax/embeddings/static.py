@@ -23,6 +23,7 @@ from dlrm_jax.native.rows import RowKernels
 from dlrm_jax.sharding import ALONE, CUT, WHOLE, Axis
 from dlrm_jax.spec import EmbeddingSpec
 from dlrm_jax.structs import Batch, Table, Vocabulary
+from dlrm_jax.sums import LEAF
 
 Tables = dict[str, Table]
 Vocabularies = dict[str, Vocabulary]
@@ -52,7 +53,7 @@ class Static:
   spec: EmbeddingSpec
   layout: tables.Layout
   tx: optax.GradientTransformation
-  update_table: Callable[..., Table]  # (table, row i32[N], gradient f32[N, D], step=i32[]) -> table
+  update_table: Callable[..., Table]  # (table, row i32[N], gradient f32[N, D], step=i32[], leaf=) -> table
   directories: DirectoryKernels
   exchanges: ExchangeKernels
   seed: int
@@ -195,5 +196,6 @@ class Static:
         )
         sent = bits.widen(out[name].value[:1])
       else:
-        out[name] = apply(table, where.reshape(-1), tables.of_columns(everyones, of.columns).reshape(-1, dim))
+        of_lanes = tables.of_columns(everyones, of.columns).reshape(-1, dim)
+        out[name] = apply(table, where.reshape(-1), of_lanes, leaf=LEAF * len(of.columns))
     return out

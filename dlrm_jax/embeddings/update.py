@@ -1,5 +1,6 @@
 """A training step of a table: gradients of looked-up vectors -> gradients of rows -> new value and slots."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ def update_rows(
   kernels: RowKernels = XLA,
   step: int | Int32[Array, ''] = 0,
   first: int | Int32[Array, ''] = 0,
+  leaf: int = 0,
 ) -> Table:
   """The table after one step of `tx` on the rows that the batch touched. Donate the table, or it is copied.
 
@@ -36,13 +38,14 @@ def update_rows(
     kernels: what reads, writes and merges rows.
     step, first: number of the step, and of the first row in the whole of which this table is a device's part; only
       rounding needs them, where the table is stored as bits.
+    leaf: lanes whose gradients are summed one after another, of more as `RowKernels.merge` says; 0: all.
 
   Shared slots advance once a call, even if no row is touched.
   """
   if kernels.update and isinstance(tx, WithRule) and table.value.dtype == jnp.float32:
-    return _by_rule(tx, table, row, grad, l2, kernels.update)
+    return _by_rule(tx, table, row, grad, l2, functools.partial(kernels.update, leaf=leaf or len(row)))
   places = row.shape[0] if row.shape[0] <= CHUNK else -(-row.shape[0] // CHUNK) * CHUNK
-  scratch, distinct, total, count = kernels.merge(table.scratch, row, grad, places)
+  scratch, distinct, total, count = kernels.merge(table.scratch, row, grad, places, leaf or len(row))
   value, slots = update_distinct(tx, table.value, table.slots, distinct, total, count, l2, kernels, step, first)
   return table.replace(value=value, slots=slots, scratch=scratch)
 
@@ -72,18 +75,18 @@ def update_all(
   kernels: RowKernels = XLA,
   step: int | Int32[Array, ''] = 0,
   first: int | Int32[Array, ''] = 0,
+  leaf: int = 0,
 ) -> Table:
   """As `update_rows`, but `tx` sees every row, untouched ones with gradient 0: stock TensorFlow's Adam on a Variable.
 
-  Costs several passes over the whole table, beside which no `kernels` matter; it must be float32. `l2` still acts on
-  touched rows only.
+  Costs several passes over the whole table; it must be float32. `l2` still acts on touched rows only.
   """
-  del kernels, step, first
-  at_row = {'mode': 'drop', 'wrap_negative_indices': False}
-  touched = jnp.zeros((table.value.shape[0], 1), bool).at[row].set(True, **at_row)
-  total = jnp.zeros_like(table.value).at[row].add(grad, **at_row) + l2 * jnp.where(touched, table.value, 0)
+  del step, first
+  scratch, distinct, sums, _ = kernels.merge(table.scratch, row, grad, len(row), leaf or len(row))
+  touched = jnp.zeros((table.value.shape[0], 1), bool).at[distinct].set(True, mode='drop')
+  total = jnp.zeros_like(table.value).at[distinct].set(sums, mode='drop') + l2 * jnp.where(touched, table.value, 0)
   updates, slots = tx.update(total, table.slots, table.value)
-  return table.replace(value=optax.apply_updates(table.value, updates), slots=slots)
+  return table.replace(value=optax.apply_updates(table.value, updates), slots=slots, scratch=scratch)
 
 
 # How an optimizer meets a table, by the names of config.optimizer.table_update.

@@ -13,8 +13,9 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from dlrm_jax.sums import PANEL
+
 Moments = tuple[Float[Array, 'N'], Float[Array, 'N']]
-PANEL = 64  # the examples of a call of the kernel are a multiple of this
 
 
 # Either form: (kernel, bias, h, weight, dtype, moments) -> (activations [N, B], their moments). The operands of the
@@ -87,7 +88,7 @@ def native_layer(
   dtype: DTypeLike,
   moments: bool,
 ) -> tuple[Float[Array, 'N B'], Moments]:
-  """See `Layer`. The activations have `dtype`. Needs `native.load()`."""
+  """See `Layer`. The activations have `dtype`. Needs `native.load()`. Examples are filled up to whole panels."""
   examples = h.shape[1]
   more = -examples % PANEL
   h, weight = jnp.pad(h.astype(dtype), ((0, 0), (0, more))), jnp.pad(weight, (0, more))

@@ -1,13 +1,15 @@
 """The training loss."""
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
+
+from dlrm_jax import sums
 
 
 def cross_entropy(
   logit: Float[Array, 'B'], label: Float[Array, 'B'], weight: Float[Array, 'B'], total: Float[Array, '']
 ) -> Float[Array, '']:
   """Sum of the weighted binary cross entropies from logits, divided by `total` (the weight of the whole batch)."""
-  return jnp.sum(weight * (jax.nn.softplus(logit) - label * logit)) / total
+  losses = weight * (jax.nn.softplus(logit) - label * logit)
+  return sums.of_examples(losses[None])[0] / total

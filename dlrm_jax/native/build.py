@@ -39,6 +39,7 @@ TARGETS = {
   'dlrm_bloom_add': 'DlrmBloomAdd',
   'dlrm_exchange_meet': 'DlrmExchangeMeet',
   'dlrm_exchange_add': 'DlrmExchangeAdd',
+  'dlrm_fence': 'DlrmFence',
   'dlrm_transpose_float32_float32': 'DlrmTransposeFloatFloat',
   'dlrm_transpose_float32_bfloat16': 'DlrmTransposeFloatBFloat16',
   'dlrm_transpose_bfloat16_float32': 'DlrmTransposeBFloat16Float',

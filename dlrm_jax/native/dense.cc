@@ -7,8 +7,7 @@
 //   gradient of h    C = gh     A = W   (packed once)   B = g, a panel of 64 examples
 //   gradient of W    C = gW     A = h, a slice          B = g^T, a panel of 64 features; sums over slices of examples
 // A batch is cut into lanes of whole panels, and a thread does all of a lane, since what another core has just written is
-// slow to read. Lanes add up what they share, the gradient of W and the moments, in places of their own, which are summed
-// in order: results depend on how many threads there are, but not on which of them does what.
+// slow to read. What lanes share is summed as packing.h says: results do not depend on how many threads there are.
 
 #include "dense_core.h"
 #include "packing.h"
@@ -29,16 +28,18 @@ void ForwardLane(const float* w, const float* b, const Stored* h, const float* w
   Word* a = Scratch<0>(RoundUp(n, Product<T>::kRowStep) * Stride(words));
   if (IsFirstOf(call)) PackTransposed<T>(w, k, n, 0, k, a);
   Word* packed = Scratch<1>(kPanel * words);
-  float *sum = reinterpret_cast<float*>(Scratch<2>(2 * 16 * n)), *square = sum + 16 * n;
-  std::fill_n(sum, 2 * 16 * n, 0.f);
+  float *sum = reinterpret_cast<float*>(Scratch<2>((2 * 16 + (last - first) * 2) * n)), *square = sum + 16 * n;
+  float* of_panels = square + 16 * n;  // moments
   const Product<T> product;
-  for (int64_t at = first * kPanel; at < last * kPanel; at += kPanel) {
+  for (int64_t panel = first; panel < last; ++panel) {
+    const int64_t at = panel * kPanel;
     PackPanel<T>(h + at, examples, k, words, packed);
     ForRowsOfProduct(product, a, words, packed, n, [&](int64_t i, const float* c) {
       Activate<Stored, WithMoments>(c, b[i], weight + at, y + i * examples + at, sum + 16 * i, square + 16 * i);
     });
+    if (WithMoments) SumRows(sum, 2 * n, of_panels + (panel - first) * 2 * n);
   }
-  if (WithMoments) SumRows(sum, 2 * n, moments);
+  if (WithMoments) SumTerms(of_panels, last - first, 2 * n, 2 * n, moments);
 }
 
 template <typename T>
@@ -46,16 +47,16 @@ ffi::Error Forward(ffi::ThreadPool pool, ffi::AnyBuffer kernel, ffi::AnyBuffer b
                    ffi::AnyBuffer weight, ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> sum,
                    ffi::Result<ffi::AnyBuffer> square, bool with_moments) {
   const int64_t k = kernel.dimensions()[0], n = kernel.dimensions()[1], examples = h.dimensions()[1];
-  const int64_t panels = examples / kPanel, call = NewCall();
-  const int64_t lanes = std::min(panels, kLanes * static_cast<int64_t>(pool.num_threads()));
-  float* moments = reinterpret_cast<float*>(Scratch<6>(lanes * 2 * n));
-  ParallelFor(pool, lanes, [&](int64_t lane) {
+  const Lanes lanes = LanesOf(examples / kPanel, kLanes * std::max<int64_t>(1, pool.num_threads()));
+  const int64_t call = NewCall(), sums = with_moments ? lanes.count() : 0;
+  float* moments = reinterpret_cast<float*>(Scratch<6>(lanes.count() * 2 * n));
+  ParallelFor(pool, lanes.count(), [&](int64_t lane) {
     auto* run = with_moments ? ForwardLane<T, true> : ForwardLane<T, false>;
     run(Data<float>(kernel), Data<float>(bias), Data<T>(h), Data<float>(weight), Data<T>(*y), k, n, examples,
-        LaneStart(lane, lanes, panels), LaneStart(lane + 1, lanes, panels), call, moments + lane * 2 * n);
+        lanes.First(lane), lanes.First(lane + 1), call, moments + lane * 2 * n);
   });
-  SumLanes(moments, with_moments ? lanes : 0, 2 * n, n, Data<float>(*sum));
-  SumLanes(moments + n, with_moments ? lanes : 0, 2 * n, n, Data<float>(*square));
+  SumTerms(moments, sums, 2 * n, n, Data<float>(*sum));
+  SumTerms(moments + n, sums, 2 * n, n, Data<float>(*square));
   return ffi::Error::Success();
 }
 
@@ -67,7 +68,8 @@ struct BackwardCall {
   int64_t k, n, examples, call;
 };
 
-// The panels [first, last): gh, and what they add to the gradients of the kernel and of the bias.
+// The panels [first, last): gh, and what they add to the gradients of the kernel, for which there are SliceOf::Places, and of
+// the bias.
 template <typename Stored, bool WithMoments>
 void BackwardLane(const BackwardCall<Stored>& in, int64_t first, int64_t last, float* gkernel, float* gbias) {
   using T = Operand<Stored>;
@@ -76,11 +78,11 @@ void BackwardLane(const BackwardCall<Stored>& in, int64_t first, int64_t last, f
   Word* a = Scratch<0>(padded_k * Stride(words));  // W, in words along n
   if (IsFirstOf(in.call)) PackRows<T>(in.w, n, 0, k, a);
   Word* packed = Scratch<1>(kPanel * words);                        // g of a panel: words along n, examples
-  float* sums = reinterpret_cast<float*>(Scratch<2>(16 * n));       // gradient of the bias
+  float* sums = reinterpret_cast<float*>(Scratch<2>((16 + last - first) * n));  // gradient of the bias
+  float* of_panels = sums + 16 * n;                                             // the same, of each
   Word* slice_h = Scratch<3>(padded_k * Stride(kSliceWords<T>));    // h of a slice: k, words along the examples
   Word* slice_g = Scratch<4>(RoundUp(n, kPanel) * kSliceWords<T>);  // g^T, by 64 features: words along the examples, n
   T* g = reinterpret_cast<T*>(Scratch<5>(RoundUp(n, 16) * kPanelWords<T>));  // the gradient before the ReLU, of a panel
-  std::fill_n(sums, 16 * n, 0.f);
   const Product<T> product;
   for (int64_t start = first; start < last; start += kSlicePanels) {
     const int64_t slice = std::min(kSlicePanels, last - start);
@@ -91,6 +93,7 @@ void BackwardLane(const BackwardCall<Stored>& in, int64_t first, int64_t last, f
         ReluGradient<Stored, T, WithMoments>(in.gy + at, in.y + at, in.weight + example, in.gsum[row], 2 * in.gsquare[row],
                                      g + row * kPanel, sums + 16 * row);
       }
+      SumRows(sums, n, of_panels + (start + i - first) * n);
       PackPanel<T>(g, kPanel, n, words, packed);
       TransposePanel(g, n, i, slice_g, kSliceWords<T>);
       for (int64_t row = 0; row < k; ++row) {
@@ -101,9 +104,10 @@ void BackwardLane(const BackwardCall<Stored>& in, int64_t first, int64_t last, f
         ConvertRow(c, in.gh + row * examples + example);
       });
     }
-    KernelGradients(product, slice_h, slice_g, kSliceWords<T>, slice * kPanelWords<T>, k, n, start > first, gkernel);
+    const SliceOf which{(start - first) / kSlicePanels, start + slice == last};
+    KernelGradients(product, slice_h, slice_g, kSliceWords<T>, slice * kPanelWords<T>, k, n, which, gkernel);
   }
-  SumRows(sums, n, gbias);
+  SumTerms(of_panels, last - first, n, n, gbias);
 }
 
 template <typename T>
@@ -115,15 +119,16 @@ ffi::Error Backward(ffi::ThreadPool pool, ffi::AnyBuffer kernel, ffi::AnyBuffer 
       Data<float>(kernel), Data<float>(weight), Data<float>(gsum), Data<float>(gsquare),
       Data<T>(h), Data<T>(y), Data<T>(gy), Data<T>(*gh),
       kernel.dimensions()[0], kernel.dimensions()[1], h.dimensions()[1], NewCall()};
-  const int64_t panels = in.examples / kPanel, lanes = GradientLanes(in.examples, pool.num_threads());
-  const int64_t size = in.k * in.n;
-  float *gkernels = reinterpret_cast<float*>(Scratch<6>(lanes * (size + in.n))), *gbiases = gkernels + lanes * size;
-  ParallelFor(pool, lanes, [&](int64_t lane) {
+  const Lanes lanes = GradientLanes(in.examples, std::max<int64_t>(1, pool.num_threads()));
+  const int64_t size = in.k * in.n, of_lane = SliceOf::Places(lanes.slices()) * size;
+  float* gkernels = reinterpret_cast<float*>(Scratch<6>(lanes.count() * (of_lane + in.n)));
+  float* gbiases = gkernels + lanes.count() * of_lane;
+  ParallelFor(pool, lanes.count(), [&](int64_t lane) {
     auto* run = with_moments ? BackwardLane<T, true> : BackwardLane<T, false>;
-    run(in, LaneStart(lane, lanes, panels), LaneStart(lane + 1, lanes, panels), gkernels + lane * size, gbiases + lane * in.n);
+    run(in, lanes.First(lane), lanes.First(lane + 1), gkernels + lane * of_lane, gbiases + lane * in.n);
   });
-  SumLanes(gbiases, lanes, in.n, in.n, Data<float>(*gbias));
-  SumKernelGradients(pool, gkernels, lanes, size, size, Data<float>(*gkernel));
+  SumTerms(gbiases, lanes.count(), in.n, in.n, Data<float>(*gbias));
+  SumKernelGradients(pool, gkernels, lanes.count(), of_lane, size, Data<float>(*gkernel));
   return ffi::Error::Success();
 }
 

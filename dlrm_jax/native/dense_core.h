@@ -109,16 +109,10 @@ typedef uint32_t Words __attribute__((vector_size(4 * kWidth)));
 inline Vector LoadVector(const void* in) { return *static_cast<const VectorAt*>(in); }
 inline void StoreVector(Vector v, void* out) { *static_cast<VectorAt*>(out) = v; }
 
-// out[i] <- the sum of the 16 numbers of row i.
-inline void SumRows(const float* rows, int64_t n, float* out) {
-  for (int64_t i = 0; i < n; ++i, rows += 16) {
-    Vector v = LoadVector(rows);
-    if constexpr (kWidth < 16) v += LoadVector(rows + 8);
-    for (int half = kWidth / 2; half; half /= 2) {
-      for (int j = 0; j < half; ++j) v[j] += v[j + half];
-    }
-    out[i] = v[0];
-  }
+// What makes up a sum, as 16 numbers.
+inline void Store16(Vector v, float* out) {
+  StoreVector(v, out);
+  if constexpr (kWidth < 16) StoreVector(Vector{}, out + kWidth);
 }
 
 inline void LoadRow(const float* in, Vector* out) {
@@ -189,7 +183,7 @@ void RoundRow(const float* in, int64_t n, T* out, int64_t size) {
   for (; i < size; ++i) out[i] = Round<T>(0.f);
 }
 
-// y <- max(0, row + bias), NaN stays NaN, and to sum[16] and square[16] what makes up those of weight * y, weight * y^2.
+// y <- max(0, row + bias), NaN stays NaN; sum[16] and square[16] <- what makes up those of weight * y, weight * y^2.
 template <typename T, bool WithMoments>
 inline void Activate(const float* row, float bias, const float* weight, T* y, float* sum, float* square) {
   Vector x[kVectors], s = {}, q = {};
@@ -204,13 +198,13 @@ inline void Activate(const float* row, float bias, const float* weight, T* y, fl
   }
   StoreRow(x, y);
   if constexpr (WithMoments) {
-    StoreVector(LoadVector(sum) + s, sum);
-    StoreVector(LoadVector(square) + q, square);
+    Store16(s, sum);
+    Store16(q, square);
   }
 }
 
-// g <- gradient before the ReLU where y is above 0: gy and, through the moments, weight * (gsum + y * gsquare2). To
-// sum[16] what makes up the sum of g before it is rounded.
+// g <- gradient before the ReLU where y is above 0: gy and, through the moments, weight * (gsum + y * gsquare2).
+// sum[16] <- what makes up the sum of g before it is rounded.
 template <typename In, typename T, bool WithMoments>
 inline void ReluGradient(const In* gy, const In* y, const float* weight, float gsum, float gsquare2, T* g, float* sum) {
   Vector x[kVectors], active[kVectors], total = {};
@@ -222,7 +216,7 @@ inline void ReluGradient(const In* gy, const In* y, const float* weight, float g
     total += x[i];
   }
   StoreRow(x, g);
-  StoreVector(LoadVector(sum) + total, sum);
+  Store16(total, sum);
 }
 
 // out[16, 16] <- in^T; ld: words from row to row.
@@ -255,6 +249,19 @@ inline void Transpose16(const Word* in, int64_t ld_in, Word* out, int64_t ld_out
     for (int j = 0; j < 16; ++j) out[j * ld_out + i] = in[i * ld_in + j];
   }
 #endif
+}
+
+// out[i] <- the sum of the 16 numbers of row i, by halves.
+inline void SumRows(const float* rows, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; i += 16, rows += 256) {
+    const int64_t some = n - i < 16 ? n - i : 16;
+    alignas(64) Word all[256] = {}, turned[16][16];
+    if (some < 16) std::memcpy(all, rows, some * 64);
+    Transpose16(some < 16 ? all : reinterpret_cast<const Word*>(rows), 16, turned[0], 16);
+    float* sums = reinterpret_cast<float*>(turned);
+    for (int64_t half = 8; half; half /= 2) AddTo(sums, sums + 16 * half, 16 * half);
+    std::memcpy(out + i, sums, some * sizeof(float));
+  }
 }
 
 // ---- The product.
@@ -292,16 +299,11 @@ inline Vector MultiplyAdd<BFloat16>(Vector c, Word a, Vector b) {
 #endif
 }
 
-// `start`: what C holds is added to, else overwritten.
+// `add`: the product is added to what C holds.
 template <typename T, int Rows>
-void Tile(const Word* a, int64_t lda, const Word* b, int64_t words, float* c, int64_t ldc, bool start) {
+void Tile(const Word* a, int64_t lda, const Word* b, int64_t words, float* c, bool add) {
   for (int64_t column = 0; column < 64; column += kColumns * kWidth) {
     Vector sum[Rows][kColumns] = {};
-    if (start) {
-      for (int r = 0; r < Rows; ++r) {
-        for (int v = 0; v < kColumns; ++v) sum[r][v] = LoadVector(c + r * ldc + column + v * kWidth);
-      }
-    }
     for (int64_t w = 0; w < words; ++w) {
       Vector right[kColumns];
 #pragma GCC unroll 4
@@ -315,33 +317,34 @@ void Tile(const Word* a, int64_t lda, const Word* b, int64_t words, float* c, in
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kColumns; ++v) StoreVector(sum[r][v], c + r * ldc + column + v * kWidth);
+      for (int v = 0; v < kColumns; ++v) {
+        float* to = c + r * 64 + column + v * kWidth;
+        StoreVector(add ? LoadVector(to) + sum[r][v] : sum[r][v], to);
+      }
     }
   }
 }
 
 template <typename T>
-void PlainProduct(const Word* a, int64_t lda, const Word* b, int64_t words, int64_t rows, float* c, int64_t ldc,
-                  bool start) {
-  for (; rows >= 6; rows -= 6, a += 6 * lda, c += 6 * ldc) Tile<T, 6>(a, lda, b, words, c, ldc, start);
+void PlainProduct(const Word* a, int64_t lda, const Word* b, int64_t words, int64_t rows, float* c, bool add) {
+  for (; rows >= 6; rows -= 6, a += 6 * lda, c += 6 * 64) Tile<T, 6>(a, lda, b, words, c, add);
   if (rows >= 4) {
-    Tile<T, 4>(a, lda, b, words, c, ldc, start);
-    rows -= 4, a += 4 * lda, c += 4 * ldc;
+    Tile<T, 4>(a, lda, b, words, c, add);
+    rows -= 4, a += 4 * lda, c += 4 * 64;
   }
   if (rows >= 2) {
-    Tile<T, 2>(a, lda, b, words, c, ldc, start);
-    rows -= 2, a += 2 * lda, c += 2 * ldc;
+    Tile<T, 2>(a, lda, b, words, c, add);
+    rows -= 2, a += 2 * lda, c += 2 * 64;
   }
-  if (rows) Tile<T, 1>(a, lda, b, words, c, ldc, start);
+  if (rows) Tile<T, 1>(a, lda, b, words, c, add);
 }
 
 template <typename T>
 struct Product {
   static constexpr int64_t kWordStep = 1, kRowStep = 1;  // A and B are filled up to multiples of these
 
-  void operator()(const Word* a, int64_t lda, const Word* b, int64_t words, int64_t rows, float* c, int64_t ldc,
-                  bool start) const {
-    PlainProduct<T>(a, lda, b, words, rows, c, ldc, start);
+  void operator()(const Word* a, int64_t lda, const Word* b, int64_t words, int64_t rows, float* c, bool add) const {
+    PlainProduct<T>(a, lda, b, words, rows, c, add);
   }
 };
 
@@ -375,24 +378,18 @@ struct Product<BFloat16> {
     if (MayUseTiles()) _tile_release();  // a thread without tiles in use is cheaper to switch
   }
 
-  void operator()(const Word* a, int64_t lda, const Word* b, int64_t words, int64_t rows, float* c, int64_t ldc,
-                  bool start) const {
-    if (!MayUseTiles()) return PlainProduct<BFloat16>(a, lda, b, words, rows, c, ldc, start);
+  void operator()(const Word* a, int64_t lda, const Word* b, int64_t words, int64_t rows, float* c, bool add) const {
+    if (!MayUseTiles()) return PlainProduct<BFloat16>(a, lda, b, words, rows, c, add);
     asm volatile("" ::: "memory");  // the compiler does not know that tile loads read what was packed
     for (int64_t column = 0; column < 64; column += 32) {  // half of B stays in the first-level cache
       for (int64_t row = 0; row < rows; row += 32) {
-        float *above = c + row * ldc + column, *below = above + 16 * ldc;
-        if (start) {
-          _tile_loadd(0, above, ldc * 4);
-          _tile_loadd(1, above + 16, ldc * 4);
-          _tile_loadd(2, below, ldc * 4);
-          _tile_loadd(3, below + 16, ldc * 4);
-        } else {
-          _tile_zero(0);
-          _tile_zero(1);
-          _tile_zero(2);
-          _tile_zero(3);
-        }
+        alignas(64) float product[32 * 32];  // if it is to be added: tiles add to what they begin with, in another order
+        const int64_t ld = add ? 32 : 64;
+        float *above = add ? product : c + row * 64 + column, *below = above + 16 * ld;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
         for (int64_t w = 0; w < words; w += 16) {
           _tile_loadd(4, a + row * lda + w, lda * 4);
           _tile_loadd(6, b + w * 64 + column, 256);
@@ -403,10 +400,11 @@ struct Product<BFloat16> {
           _tile_dpbf16ps(2, 5, 6);
           _tile_dpbf16ps(3, 5, 7);
         }
-        _tile_stored(0, above, ldc * 4);
-        _tile_stored(1, above + 16, ldc * 4);
-        _tile_stored(2, below, ldc * 4);
-        _tile_stored(3, below + 16, ldc * 4);
+        _tile_stored(0, above, ld * 4);
+        _tile_stored(1, above + 16, ld * 4);
+        _tile_stored(2, below, ld * 4);
+        _tile_stored(3, below + 16, ld * 4);
+        for (int64_t r = 0; add && r < 32; ++r) AddTo(c + (row + r) * 64 + column, product + r * 32, 32);
       }
     }
     asm volatile("" ::: "memory");

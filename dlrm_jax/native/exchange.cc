@@ -13,7 +13,8 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int kMeetPlaces = 300, kMeetScratch = 301;  // of the uses of memory that a thread keeps
+// Of the uses of memory that a thread keeps.
+constexpr int kMeetPlaces = 300, kMeetScratch = 301, kLanesOfPlaces = 302, kSumsOfPlaces = 303;
 
 inline uint32_t Hash(const uint32_t* key, int64_t words, uint32_t feature) {
   uint32_t h = feature * 0x85ebca77u;
@@ -79,24 +80,22 @@ ffi::Error Meet(ffi::Buffer<ffi::U32> key_in, ffi::Buffer<ffi::U32> feature_in, 
   return ffi::Error::Success();
 }
 
-// Result: of each place the sum of the values of its lanes, in their order.
+// Result: of each place the sum of the values of its lanes, as merging.h says.
 ffi::Error Add(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> place_in, ffi::Buffer<ffi::F32> values,
-               ffi::ResultBuffer<ffi::F32> out) {
+               ffi::ResultBuffer<ffi::F32> out, int64_t leaf) {
   const int64_t lanes = place_in.element_count(), places = out->dimensions()[0], dim = out->dimensions()[1];
-  const int64_t parts = dlrm::PartsOf(pool, lanes);
-  const int32_t* place = place_in.typed_data();
-  // A part is the places of a stretch.
-  dlrm::ParallelFor(pool, parts, [&](int64_t part) {
-    const int64_t from = part * places / parts, to = (part + 1) * places / parts;
-    float* total = out->typed_data();
-    std::memset(total + from * dim, 0, (to - from) * dim * sizeof(float));
-    dlrm::WithDim(dim, [&](auto width) {
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        if (place[lane] < from || place[lane] >= to) continue;
-        const float* value = values.typed_data() + lane * width;
-        for (int64_t i = 0; i < width; ++i) total[place[lane] * width + i] += value[i];
-      }
-    });
+  const int64_t parts = dlrm::MergersOf(lanes);
+  float* total = out->typed_data();
+  std::memset(total, 0, out->size_bytes());
+  dlrm::ParallelFor(pool, parts, [&](int64_t i) {
+    uint32_t* memory = dlrm::Scratch<kLanesOfPlaces>(dlrm::Part::Words(lanes));
+    const dlrm::Part part = dlrm::FindDistinct(place_in.typed_data(), lanes, places, leaf, i, parts, memory,
+                                               [](int32_t, const dlrm::Part&) {});
+    float* sums = reinterpret_cast<float*>(dlrm::Scratch<kSumsOfPlaces>(part.partial * dim));
+    dlrm::AddLanes(part, values.typed_data(), dim, sums);
+    for (int64_t j = 0; j < part.rows; ++j) {
+      std::copy_n(dlrm::SumOfRow(part, j, dim, sums), dim, total + part.row[j].number * dim);
+    }
   });
   return ffi::Error::Success();
 }
@@ -111,4 +110,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DlrmExchangeMeet, Meet,
                                   .Ret<S32>().Ret<U32>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     DlrmExchangeAdd, Add,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<S32>().Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>());
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<S32>().Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::F32>>()
+        .Attr<int64_t>("leaf"));

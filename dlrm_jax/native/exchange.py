@@ -30,8 +30,9 @@ class ExchangeKernels(NamedTuple):
   # (key u32[K, W], feature u32[K], owner i32[K], devices) -> Met. Lookups with `devices` as owner look up nothing. In
   # XLA, ids that share their hash with others may stand more than once, each time for some of their lookups.
   meet: Callable[[Array, Array, Array, int], Met]
-  # (place i32[N], values f32[N, D], K) -> f32[K, D]: of each place the sum of the values there; K: nowhere.
-  add: Callable[[Array, Array, int], Array]
+  # (place i32[N], values f32[N, D], K, leaf) -> f32[K, D]: of each place the sum of the values there; K: nowhere. The
+  # leaf is as in `RowKernels.merge`.
+  add: Callable[[Array, Array, int, int], Array]
   rows: RowKernels
 
 
@@ -62,8 +63,8 @@ def xla_meet(key: UInt32[Array, 'K W'], feature: UInt32[Array, 'K'], owner: Int3
   return Met(place, start, owner, lane, times)
 
 
-def xla_add(place: Int32[Array, 'N'], values: Float[Array, 'N D'], places: int) -> Float[Array, 'K D']:
-  """See `ExchangeKernels.add`."""
+def xla_add(place: Int32[Array, 'N'], values: Float[Array, 'N D'], places: int, leaf: int) -> Float[Array, 'K D']:
+  """See `ExchangeKernels.add`. Sums are in the order of the lanes."""
   return jnp.zeros((places, values.shape[1])).at[place].add(values, mode='drop')
 
 
@@ -74,10 +75,10 @@ def native_meet(key: UInt32[Array, 'K W'], feature: UInt32[Array, 'K'], owner: I
   return Met(*jax.ffi.ffi_call('dlrm_exchange_meet', shapes)(key, feature, owner))
 
 
-def native_add(place: Int32[Array, 'N'], values: Float[Array, 'N D'], places: int) -> Float[Array, 'K D']:
+def native_add(place: Int32[Array, 'N'], values: Float[Array, 'N D'], places: int, leaf: int) -> Float[Array, 'K D']:
   """See `ExchangeKernels.add`. The result does not depend on the number of threads."""
   total = jax.ShapeDtypeStruct((places, values.shape[1]), jnp.float32)
-  return jax.ffi.ffi_call('dlrm_exchange_add', total)(place, values)
+  return jax.ffi.ffi_call('dlrm_exchange_add', total)(place, values, leaf=leaf)
 
 
 XLA = ExchangeKernels(xla_meet, xla_add, rows.XLA)

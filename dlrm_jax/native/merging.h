@@ -64,13 +64,28 @@ constexpr int64_t kMostMergers = 4;
 // Into how many parts lanes are cut that merge. Whatever the threads are, so that rows come in one order.
 inline int64_t MergersOf(int64_t lanes) { return std::clamp<int64_t>(lanes / kLanesPerPiece, 1, kMostMergers); }
 
-// Those lanes of a call whose rows have a hash of this part's. In the order of the batch, so that every sum is.
+// Those lanes of a call whose rows have a hash of this part's, in the order of the batch. The gradients of a row's lanes
+// are added up leaf by leaf, a leaf being so many lanes of the call, and the partial sums as a tree, see packing.h: so
+// those of several devices are the same sum.
 struct Part {
-  static int64_t Words(int64_t lanes) { return 3 * (lanes + 1); }  // of memory
+  struct Row {
+    int32_t number, newest, leaf;  // its newest partial sum, and the leaf of that
+  };
+  struct Sum {
+    int32_t leaf, before;  // the one of the same row before it; -1: none
+  };
 
-  int32_t *lane, *place;  // of each: its number, and where its row stands in `distinct`
-  int32_t* distinct;
-  int64_t lanes = 0, count = 0;
+  static int64_t Words(int64_t lanes) { return 7 * (lanes + 1); }  // of memory
+
+  Part() = default;
+  Part(uint32_t* memory, int64_t most)
+      : lane(reinterpret_cast<int32_t*>(memory)), sum(lane + most + 1), row(reinterpret_cast<Row*>(sum + most + 1)),
+        sums(reinterpret_cast<Sum*>(row + most + 1)) {}
+
+  int32_t *lane, *sum;  // of each lane: its number, and to which partial sum it goes
+  Row* row;             // the distinct ones
+  Sum* sums;            // the partial ones
+  int64_t lanes = 0, rows = 0, partial = 0;  // how many
 };
 
 inline uint64_t HashOf(int32_t row) { return static_cast<uint32_t>(row) * 0x9e3779b97f4a7c15u; }
@@ -78,37 +93,44 @@ inline uint64_t HashOf(int32_t row) { return static_cast<uint32_t>(row) * 0x9e37
 // The part's lanes and distinct rows, in `memory`; found(row, the part) is called for each of these. Their places stay in
 // a cache, where a number for each row of the tables would be memory that no cache holds.
 template <typename Found>
-Part FindDistinct(const int32_t* row, int64_t lanes, int64_t rows, uint64_t which, uint64_t parts, uint32_t* memory,
-                  const Found& found) {
-  int32_t* words = reinterpret_cast<int32_t*>(memory);
-  Part part{words, words + lanes + 1, words + 2 * (lanes + 1)};
+Part FindDistinct(const int32_t* row, int64_t lanes, int64_t rows, int64_t leaf_lanes, uint64_t which, uint64_t parts,
+                  uint32_t* memory, const Found& found) {
+  Part part(memory, lanes);
   for (int64_t lane = 0; lane < lanes; ++lane) {
     part.lane[part.lanes] = lane;
     part.lanes += InTable(row[lane], rows) && (HashOf(row[lane]) >> 32) * parts >> 32 == which;
   }
   Places<kPlacesOfRows> places(part.lanes);
+  int32_t leaf = 0;
+  int64_t end = leaf_lanes;  // of the leaf
   for (int64_t i = 0; i < part.lanes; ++i) {
+    for (; part.lane[i] >= end; end += leaf_lanes) ++leaf;
     const int32_t own = row[part.lane[i]];
-    int32_t& at = places.At(HashOf(own) >> 16, [&](int32_t place) { return part.distinct[place] == own; });
+    int32_t& at = places.At(HashOf(own) >> 16, [&](int32_t place) { return part.row[place].number == own; });
     if (at < 0) {
-      at = part.count;
-      part.distinct[part.count++] = own;
+      at = part.rows;
+      part.row[part.rows++] = {own, -1, -1};
       found(own, part);
     }
-    part.place[i] = at;
+    Part::Row& to = part.row[at];
+    if (to.leaf != leaf) {
+      part.sums[part.partial] = {leaf, to.newest};
+      to = {own, static_cast<int32_t>(part.partial++), leaf};
+    }
+    part.sum[i] = to.newest;
   }
   return part;
 }
 
-// The sums of the part's distinct rows, which begin at `total`.
-inline void AddLanes(const Part& part, const float* grad, int64_t dim, float* total) {
+// The part's partial sums, one after another.
+inline void AddLanes(const Part& part, const float* grad, int64_t dim, float* sums) {
   WithDim(dim, [=](auto width) {
     int32_t begun = 0;
     for (int64_t i = 0; i < part.lanes; ++i) {
       if (i + kAhead < part.lanes) Prefetch<false>(grad + part.lane[i + kAhead] * width, width * sizeof(float));
       const float* from = grad + part.lane[i] * width;
-      float* to = total + part.place[i] * width;
-      if (part.place[i] == begun) {
+      float* to = sums + part.sum[i] * width;
+      if (part.sum[i] == begun) {
         ++begun;
         std::memcpy(to, from, width * sizeof(float));
       } else {
@@ -116,6 +138,30 @@ inline void AddLanes(const Part& part, const float* grad, int64_t dim, float* to
       }
     }
   });
+}
+
+// The sum of a row, of its partial sums. Neighbors in the tree are those whose leaves differ in the lowest bits alone, so
+// they come together before what differs from them in a higher bit.
+template <typename Size>
+const float* SumOfRow(const Part& part, int64_t place, Size dim, float* sums) {
+  const int32_t newest = part.row[place].newest;
+  if (part.sums[newest].before < 0) return sums + newest * dim;
+  int32_t stack[33];    // sums whose neighbors are yet to come, newest leaf first
+  uint32_t differ[32];  // the bits in which the leaves of one and the next differ
+  int top = 0;
+  stack[0] = newest;
+  for (int32_t last = newest, next = part.sums[last].before; top > 0 || next >= 0; last = next, next = part.sums[next].before) {
+    const uint32_t bits = next < 0 ? ~0u : part.sums[last].leaf ^ part.sums[next].leaf;
+    for (; top > 0 && differ[top - 1] < bits; --top) {
+      float* to = sums + stack[top - 1] * dim;
+      const float* from = sums + stack[top] * dim;
+      for (int64_t i = 0; i < dim; ++i) to[i] += from[i];
+    }
+    if (next < 0) break;
+    differ[top] = bits;
+    stack[++top] = next;
+  }
+  return sums + stack[0] * dim;
 }
 
 }  // namespace dlrm

@@ -20,7 +20,8 @@ constexpr int64_t kPanel = 64;   // columns of a panel: examples, or features of
 constexpr int64_t kSlice = 512;  // examples of a slice: its h and g^T stay in the second-level cache
 constexpr int64_t kSlicePanels = kSlice / kPanel;
 constexpr int64_t kBlock = 96;   // rows of C that are made at a time: a multiple of 6 and of 32
-constexpr int64_t kDepth = 256;  // words of a sum over examples at a time: half of B stays in the first-level cache
+constexpr int64_t kLeaf = 128;   // examples of a kernel's gradient that are summed one after another: a leaf of the tree
+constexpr int64_t kLeafPanels = kLeaf / kPanel;
 constexpr int64_t kLanes = 4;    // for each thread, so that one that is held up is helped
 
 template <typename T>
@@ -120,7 +121,7 @@ void ForRowsOfProduct(const Product<T>& product, const Word* a, int64_t words, c
   for (int64_t first = 0; first < rows; first += kBlock) {
     const int64_t some = std::min(kBlock, rows - first);
     alignas(64) float c[kBlock * kPanel];
-    product(a + first * stride, stride, panel, words, some, c, kPanel, false);
+    product(a + first * stride, stride, panel, words, some, c, false);
     for (int64_t r = 0; r < some; ++r) use(first + r, c + r * kPanel);
   }
 }
@@ -129,6 +130,41 @@ template <typename T>
 constexpr int64_t kPanelWords = kPanel / kPerWord<T>;
 template <typename T>
 constexpr int64_t kSliceWords = kSlice / kPerWord<T>;
+
+// ---- Sums over examples. They are made as a tree: what is added up in one place, a leaf or a panel, is paired with its
+// neighbor, pairs with neighbors are paired, and so on; what has no neighbor waits. So aligned stretches of 1, 2, 4, ...
+// leaves can be summed apart, by lanes, slices or devices, and all come to the same bits.
+
+// How many of n leaves, at least two, are on the left of the top of their tree.
+inline int64_t LeftOf(int64_t n) {
+  int64_t left = 1;
+  while (2 * left < n) left *= 2;
+  return left;
+}
+
+constexpr int64_t kAtOnce = 512;  // numbers of each term that are summed at a time, in the first-level cache
+
+// out[i] <- the sum over the terms of in[term][i], which lie `ld` numbers apart; of `n` numbers, kAtOnce at most.
+inline void SumTree(const float* in, int64_t terms, int64_t ld, int64_t n, float* out) {
+  if (terms == 1) {
+    std::copy_n(in, n, out);
+    return;
+  }
+  const int64_t left = LeftOf(terms);
+  float right[kAtOnce];
+  SumTree(in, left, ld, n, out);
+  SumTree(in + left * ld, terms - left, ld, n, right);
+  AddTo(out, right, n);
+}
+
+// The same of any number of numbers; no term is zero.
+inline void SumTerms(const float* in, int64_t terms, int64_t ld, int64_t n, float* out) {
+  if (terms == 0) std::fill_n(out, n, 0.f);
+  for (int64_t at = 0; terms && at < n; at += kAtOnce) SumTree(in + at, terms, ld, std::min(kAtOnce, n - at), out + at);
+}
+
+// Blocks of a tree of `leaves` that wait at once, the one at work among them.
+constexpr int64_t Depth(int64_t leaves) { return leaves <= 1 ? 1 : 1 + Depth((leaves + 1) / 2); }
 
 // The i-th panel, g [n, 64], of a slice as g^T, which is packed by 64 features: so many words along the examples.
 template <typename T>
@@ -141,47 +177,81 @@ void TransposePanel(const T* g, int64_t n, int64_t i, Word* slice, int64_t words
   }
 }
 
+constexpr int64_t kMostLeaves = 16;  // of one call of KernelGradient
+
+// C[rows, 64] <- A B, summed over leaves of words; c has room for a block for each step down the tree.
+template <typename T>
+void ProductOfLeaves(const Product<T>& product, const Word* a, int64_t lda, const Word* b, int64_t words, int64_t rows,
+                     float* c) {
+  constexpr int64_t kLeafWords = kLeaf / kPerWord<T>;
+  if (words <= kLeafWords) return product(a, lda, b, words, rows, c, false);
+  const int64_t left = LeftOf(Ceil(words, kLeafWords)) * kLeafWords;
+  ProductOfLeaves(product, a, lda, b, left, rows, c);
+  a += left, b += left * kPanel, words -= left;
+  if (words <= kLeafWords) return product(a, lda, b, words, rows, c, true);
+  float* right = c + kBlock * kPanel;
+  ProductOfLeaves(product, a, lda, b, words, rows, right);
+  AddTo(c, right, rows * kPanel);
+}
+
+// Which of a lane's slices this is: of a tree over slices, sums that wait for their neighbor lie in places of their own.
+struct SliceOf {
+  int64_t number;  // of those before
+  bool is_last;
+
+  // Places for the sums of a lane of so many slices. The last slice leaves the sum of all in the first.
+  static int64_t Places(int64_t slices) { return std::max<int64_t>(1, Depth(slices) - 1); }
+};
+
 // The gradient of a kernel, [k, n], by the first `words` of h, [k, words of examples], and g^T of a slice, which have room
-// for `slice_words`: the columns from n0 on, up to 64 of them. With `start`, it is added to what is there, as if the slices
-// before were part of this one.
+// for `slice_words`: the columns from n0 on, up to 64 of them. `sums` are a lane's, [places, k, n].
 template <typename T>
 void KernelGradient(const Product<T>& product, const Word* h, const Word* g, int64_t slice_words, int64_t words, int64_t k,
-                    int64_t n, int64_t n0, bool start, float* gkernel) {
+                    int64_t n, int64_t n0, SliceOf slice, float* sums) {
   const int64_t columns = std::min(kPanel, n - n0), ld = Stride(slice_words);
-  g += n0 * slice_words;
   for (int64_t first = 0; first < k; first += kBlock) {
     const int64_t rows = std::min(kBlock, k - first);
-    float* out = gkernel + first * n + n0;
-    alignas(64) float c[kBlock * kPanel];
-    for (int64_t r = 0; start && r < rows; ++r) std::memcpy(c + r * kPanel, out + r * n, columns * sizeof(float));
-    for (int64_t w = 0; w < words; w += kDepth) {
-      product(h + first * ld + w, ld, g + w * kPanel, std::min(kDepth, words - w), rows, c, kPanel, start || w > 0);
+    alignas(64) float c[Depth(kMostLeaves) * kBlock * kPanel];
+    ProductOfLeaves(product, h + first * ld, ld, g + n0 * slice_words, words, rows, c);
+    float* place = sums + first * n + n0;
+    for (int64_t before = slice.number; slice.is_last ? before : before & 1; before /= 2, place += k * n) {
+      for (int64_t r = 0; before & 1 && r < rows; ++r) AddTo(c + r * kPanel, place + r * n, columns);
     }
-    for (int64_t r = 0; r < rows; ++r) std::memcpy(out + r * n, c + r * kPanel, columns * sizeof(float));
+    if (slice.is_last) place = sums + first * n + n0;
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(place + r * n, c + r * kPanel, columns * sizeof(float));
   }
 }
 
 // The same, of all columns.
 template <typename T>
 void KernelGradients(const Product<T>& product, const Word* h, const Word* g, int64_t slice_words, int64_t words, int64_t k,
-                     int64_t n, bool start, float* gkernel) {
+                     int64_t n, SliceOf slice, float* sums) {
   for (int64_t n0 = 0; n0 < n; n0 += kPanel) {
-    KernelGradient(product, h, g, slice_words, words, k, n, n0, start, gkernel);
+    KernelGradient(product, h, g, slice_words, words, k, n, n0, slice, sums);
   }
 }
 
-// Lanes of a call that makes gradients of kernels: every one costs a gradient to write and to add, so that there are more
-// than one a thread only where there is much to do.
-inline int64_t GradientLanes(int64_t examples, int64_t threads) {
-  return std::min(examples / kPanel, std::max(threads, std::min(kLanes * threads, examples / kSlice)));
+// Lanes: stretches of 1, 2, 4, ... panels, in each of which sums are those of a tree, see above. The last may have less.
+struct Lanes {
+  int64_t panels, size;
+
+  int64_t count() const { return Ceil(panels, size); }
+  int64_t First(int64_t lane) const { return std::min(panels, lane * size); }
+  int64_t slices() const { return Ceil(size, kSlicePanels); }  // of a lane
+};
+
+// As large as they may be if there are to be so many.
+inline Lanes LanesOf(int64_t panels, int64_t wanted, int64_t least = 1) {
+  Lanes lanes{panels, least};
+  while (lanes.size < panels && Ceil(panels, 2 * lanes.size) >= wanted) lanes.size *= 2;
+  return lanes;
 }
 
-inline int64_t LaneStart(int64_t lane, int64_t lanes, int64_t panels) { return lane * panels / lanes; }
-
-// out[i] <- the sum over the lanes, in order, of in[lane][i], where a lane has `ld` numbers.
-inline void SumLanes(const float* in, int64_t lanes, int64_t ld, int64_t n, float* out) {
-  std::fill_n(out, n, 0.f);
-  for (int64_t lane = 0; lane < lanes; ++lane) AddTo(out, in + lane * ld, n);
+// Those of a call that makes gradients of kernels, which are sums of whole leaves: every lane costs a gradient to write and
+// to add, so that there are more than one a thread only where there is much to do.
+inline Lanes GradientLanes(int64_t examples, int64_t threads) {
+  const int64_t wanted = std::max(threads, std::min(kLanes * threads, examples / kSlice));
+  return LanesOf(examples / kPanel, wanted, kLeafPanels);
 }
 
 // gkernel, of `size` numbers, <- the sum over the lanes of theirs, which lie `ld` numbers apart.
@@ -190,7 +260,7 @@ inline void SumKernelGradients(xla::ffi::ThreadPool& pool, const float* in, int6
   constexpr int64_t kPiece = 1 << 15;
   ParallelFor(pool, Ceil(size, kPiece), [&](int64_t i) {
     const int64_t at = i * kPiece;
-    SumLanes(in + at, lanes, ld, std::min(kPiece, size - at), gkernel + at);
+    SumTerms(in + at, lanes, ld, std::min(kPiece, size - at), gkernel + at);
   });
 }
 

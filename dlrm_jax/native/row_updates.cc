@@ -134,23 +134,24 @@ constexpr int64_t kFew = 1 << 14;           // lanes whose rows and slots stay i
 
 // The part `which` of the lanes. The rows of few are asked for as soon as they are known.
 template <typename Rule>
-void UpdatePart(const Rule& rule, float l2, const int32_t* row, int64_t lanes, const float* grad, int64_t dim, int64_t which,
-                int64_t parts, const std::vector<Rows>& tables) {
+void UpdatePart(const Rule& rule, float l2, const int32_t* row, int64_t lanes, const float* grad, int64_t dim, int64_t leaf,
+                int64_t which, int64_t parts, const std::vector<Rows>& tables) {
   auto ask = [&](int32_t row) {
     for (const Rows& table : tables) Prefetch<true>(table.At(row), table.bytes);
   };
   uint32_t* memory = Scratch<kLists>(Part::Words(lanes));
-  const Part part = FindDistinct(row, lanes, tables[0].rows, which, parts, memory, [&](int32_t row, const Part& part) {
+  const auto found = [&](int32_t row, const Part& part) {
     if (part.lanes < kFew) ask(row);
-  });
-  float* total = reinterpret_cast<float*>(Scratch<kTotals>(part.count * dim));
-  AddLanes(part, grad, dim, total);
+  };
+  const Part part = FindDistinct(row, lanes, tables[0].rows, leaf, which, parts, memory, found);
+  float* sums = reinterpret_cast<float*>(Scratch<kTotals>(part.partial * dim));
+  AddLanes(part, grad, dim, sums);
   WithDim(dim, [&](auto n) {
-    for (int64_t i = 0; i < part.count; ++i) {
-      if (i + kRowsAhead < part.count) ask(part.distinct[i + kRowsAhead]);
+    for (int64_t i = 0; i < part.rows; ++i) {
+      if (i + kRowsAhead < part.rows) ask(part.row[i + kRowsAhead].number);
       float* at[kTables<Rule>];
-      for (size_t t = 0; t < kTables<Rule>; ++t) at[t] = reinterpret_cast<float*>(tables[t].At(part.distinct[i]));
-      UpdateRow(rule, l2, n, total + i * n, at);
+      for (size_t t = 0; t < kTables<Rule>; ++t) at[t] = reinterpret_cast<float*>(tables[t].At(part.row[i].number));
+      UpdateRow(rule, l2, n, SumOfRow(part, i, n, sums), at);
     }
   });
 }
@@ -159,7 +160,7 @@ void UpdatePart(const Rule& rule, float l2, const int32_t* row, int64_t lanes, c
 template <typename Rule>
 ffi::Error Update(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> row, ffi::Buffer<ffi::F32> grad,
                   ffi::Buffer<ffi::U32> numbers, ffi::Buffer<ffi::F32> l2, ffi::RemainingArgs args,
-                  ffi::RemainingRets results) {
+                  ffi::RemainingRets results, int64_t leaf) {
   std::vector<Rows> tables;
   if (ffi::Error error = AddTablesInPlace(args, results, tables); error.failure()) return error;
   Rule rule;
@@ -169,14 +170,15 @@ ffi::Error Update(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> row, ffi::Buffer<f
   std::memcpy(&rule, numbers.typed_data(), sizeof rule);
   const int64_t lanes = row.element_count(), parts = MergersOf(lanes);
   ParallelFor(pool, parts, [&](int64_t i) {
-    UpdatePart(rule, *l2.typed_data(), row.typed_data(), lanes, grad.typed_data(), grad.dimensions()[1], i, parts, tables);
+    UpdatePart(rule, *l2.typed_data(), row.typed_data(), lanes, grad.typed_data(), grad.dimensions()[1], leaf, i, parts,
+               tables);
   });
   return ffi::Error::Success();
 }
 
 auto UpdateBinding() {
   return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::F32>>()
-      .Arg<ffi::Buffer<ffi::U32>>().Arg<ffi::Buffer<ffi::F32>>().RemainingArgs().RemainingRets();
+      .Arg<ffi::Buffer<ffi::U32>>().Arg<ffi::Buffer<ffi::F32>>().RemainingArgs().RemainingRets().Attr<int64_t>("leaf");
 }
 
 }  // namespace

@@ -81,14 +81,14 @@ ffi::Error Scatter(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> row, ffi::Remaini
   return ffi::Error::Success();
 }
 
-constexpr int kListsOfParts = 100;  // of the uses of memory that a thread keeps
+constexpr int kListsOfParts = 100, kSumsOfPart = 102;  // of the uses of memory that a thread keeps
 
 // Results: the scratch, of which there is no need here; the distinct rows, then "no row"; the sums of their gradients;
 // their number.
 ffi::Error Merge(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> scratch_in, ffi::Buffer<ffi::S32> row_in,
                  ffi::Buffer<ffi::F32> grad, ffi::ResultBuffer<ffi::S32> scratch_out,
                  ffi::ResultBuffer<ffi::S32> distinct_out, ffi::ResultBuffer<ffi::F32> total_out,
-                 ffi::ResultBuffer<ffi::S32> count_out) {
+                 ffi::ResultBuffer<ffi::S32> count_out, int64_t leaf) {
   if (scratch_in.typed_data() != scratch_out->typed_data()) {
     return ffi::Error::Internal("the scratch was not given in place");
   }
@@ -99,13 +99,17 @@ ffi::Error Merge(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> scratch_in, ffi::Bu
   Part parts[kMostMergers];
   ParallelFor(pool, number, [&](int64_t i) {
     uint32_t* own = memory + i * Part::Words(lanes);
-    parts[i] = FindDistinct(row_in.typed_data(), lanes, rows, i, number, own, [](int32_t, const Part&) {});
+    parts[i] = FindDistinct(row_in.typed_data(), lanes, rows, leaf, i, number, own, [](int32_t, const Part&) {});
   });
   int64_t first[kMostMergers + 1] = {};
-  for (int64_t i = 0; i < number; ++i) first[i + 1] = first[i] + parts[i].count;
+  for (int64_t i = 0; i < number; ++i) first[i + 1] = first[i] + parts[i].rows;
   ParallelFor(pool, number, [&](int64_t i) {
-    std::copy_n(parts[i].distinct, parts[i].count, distinct + first[i]);
-    AddLanes(parts[i], grad.typed_data(), dim, total_out->typed_data() + first[i] * dim);
+    float* sums = reinterpret_cast<float*>(Scratch<kSumsOfPart>(parts[i].partial * dim));
+    AddLanes(parts[i], grad.typed_data(), dim, sums);
+    for (int64_t place = 0; place < parts[i].rows; ++place) {
+      distinct[first[i] + place] = parts[i].row[place].number;
+      std::copy_n(SumOfRow(parts[i], place, dim, sums), dim, total_out->typed_data() + (first[i] + place) * dim);
+    }
   });
   std::fill(distinct + first[number], distinct + distinct_out->element_count(), static_cast<int32_t>(rows));
   *count_out->typed_data() = first[number];
@@ -119,7 +123,7 @@ auto RowsBinding() {
 auto MergeBinding() {
   return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<ffi::Buffer<ffi::S32>>().Arg<ffi::Buffer<ffi::S32>>()
       .Arg<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::S32>>().Ret<ffi::Buffer<ffi::S32>>()
-      .Ret<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::S32>>();
+      .Ret<ffi::Buffer<ffi::F32>>().Ret<ffi::Buffer<ffi::S32>>().Attr<int64_t>("leaf");
 }
 
 }  // namespace

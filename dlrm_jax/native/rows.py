@@ -21,14 +21,16 @@ class RowKernels(NamedTuple):
   read: Callable[[Any, Array], Any]
   # (tables, row i32[K], new rows) -> tables; rows must be distinct, and no row is not written
   write: Callable[[Any, Array, Any], Any]
-  # (scratch i32[rows], row i32[N], grad f32[N, D], K) -> (scratch, used; distinct rows i32[K]; the sum of the
-  # gradients of each; their count). They fill the first lanes, in any order; every sum is in the order of the batch.
-  # The other lanes are "no row", with gradients that mean nothing. K is at least N. What the scratch held is all one.
-  merge: Callable[[Array, Array, Array, int], Merged]
-  # (name of an optimizer's rule, its numbers, (value f32[rows, D], slots), row i32[N], grad f32[N, D], l2) -> value and
-  # slots after each distinct row was updated once, by the sum of its gradients and l2 times the row. None where there
-  # is no such kernel: merge, read, any transformation and write do the same (optim/rowwise.py).
-  update: Callable[[str, Sequence[float | Array], Any, Array, Array, float | Array], Any] | None
+  # (scratch i32[rows], row i32[N], grad f32[N, D], K, leaf) -> (scratch, used; distinct rows i32[K]; the sum of the
+  # gradients of each; their count). They fill the first lanes, in any order. The other lanes are "no row", with
+  # gradients that mean nothing. K is at least N. What the scratch held is all one. In C++, of each `leaf` lanes the sum
+  # is in the order of the batch, and all of it that of a tree over these (packing.h): where devices have leaves of
+  # their own, the sum of their sums is the same.
+  merge: Callable[[Array, Array, Array, int, int], Merged]
+  # (name of an optimizer's rule, its numbers, (value f32[rows, D], slots), row i32[N], grad f32[N, D], l2, leaf) ->
+  # value and slots after each distinct row was updated once, by the sum of its gradients and l2 times the row. None
+  # where there is no such kernel: merge, read, any transformation and write do the same (optim/rowwise.py).
+  update: Callable[[str, Sequence[float | Array], Any, Array, Array, float | Array, int], Any] | None
 
 
 def xla_read(tables: Any, row: Int32[Array, '...']) -> Any:
@@ -43,8 +45,10 @@ def xla_write(tables: Any, row: Int32[Array, 'K'], new: Any) -> Any:
   return jax.tree.map(lambda table, rows: table.at[row].set(rows, **at), tables, new)
 
 
-def xla_merge(scratch: Int32[Array, 'rows'], row: Int32[Array, 'N'], grad: Float[Array, 'N D'], places: int) -> Merged:
-  """See `RowKernels.merge`.
+def xla_merge(
+  scratch: Int32[Array, 'rows'], row: Int32[Array, 'N'], grad: Float[Array, 'N D'], places: int, leaf: int
+) -> Merged:
+  """See `RowKernels.merge`. Sums are in the order of the batch.
 
   Without a sort, which would cost more than the rest of the update: each lane writes its number at its row, so that
   reading there names one winner per row. Only places just written are read, so the scratch need not be cleared.
@@ -74,7 +78,7 @@ def native_write(tables: Any, row: Int32[Array, 'K'], new: Any) -> Any:
 
 
 def native_merge(
-  scratch: Int32[Array, 'rows'], row: Int32[Array, 'N'], grad: Float[Array, 'N D'], places: int
+  scratch: Int32[Array, 'rows'], row: Int32[Array, 'N'], grad: Float[Array, 'N D'], places: int, leaf: int
 ) -> Merged:
   """See `RowKernels.merge`. The result does not depend on the number of threads."""
   shapes = (
@@ -83,7 +87,8 @@ def native_merge(
     jax.ShapeDtypeStruct((places, grad.shape[1]), jnp.float32),
     jax.ShapeDtypeStruct((), jnp.int32),
   )
-  return tuple(jax.ffi.ffi_call('dlrm_rows_merge', shapes, input_output_aliases={0: 0})(scratch, row, grad))
+  call = jax.ffi.ffi_call('dlrm_rows_merge', shapes, input_output_aliases={0: 0})
+  return tuple(call(scratch, row, grad, leaf=leaf))
 
 
 def native_update(
@@ -93,18 +98,19 @@ def native_update(
   row: Int32[Array, 'N'],
   grad: Float[Array, 'N D'],
   l2: float | Float[Array, ''],
+  leaf: int,
 ) -> Any:
   """See `RowKernels.update`. The result does not depend on the number of threads."""
-  return _in_place(f'dlrm_rows_{rule}', (row, grad, _words(numbers), jnp.asarray(l2, jnp.float32)), tables)
+  return _in_place(f'dlrm_rows_{rule}', (row, grad, _words(numbers), jnp.asarray(l2, jnp.float32)), tables, leaf=leaf)
 
 
-def _in_place(target: str, before: Sequence[Array], tables: Any, after: Sequence[Array] = ()) -> Any:
+def _in_place(target: str, before: Sequence[Array], tables: Any, after: Sequence[Array] = (), **attributes: int) -> Any:
   """What a kernel, called with the leaves of the tables between other arguments, makes of the tables where they are."""
   leaves, tree = jax.tree.flatten(tables)
   shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
   aliases = {len(before) + place: place for place in range(len(leaves))}
   call = jax.ffi.ffi_call(target, shapes, input_output_aliases=aliases)
-  return jax.tree.unflatten(tree, call(*before, *leaves, *after))
+  return jax.tree.unflatten(tree, call(*before, *leaves, *after, **attributes))
 
 
 def _words(numbers: Sequence[float | Array]) -> UInt32[Array, 'n']:

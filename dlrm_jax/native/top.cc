@@ -1,7 +1,7 @@
 // The top of the network in one pass: from the bottom MLP's output and the vectors, joined as by `cat`, through the top MLP
 // to the loss, and back to all of its gradients. What is between never leaves the caches of the core that makes it.
 //
-// Products, packing and lanes are those of dense.cc. A lane goes through its examples slice by slice: forward, then
+// Products, packing, lanes and sums are those of dense.cc. A lane goes through its examples slice by slice: forward, then
 // backward, panel by panel; then what the slice adds to the gradients of the kernels. A small batch is one slice of all
 // lanes, and the gradients of its kernels are made in one piece, instead of one for each lane and their sum.
 
@@ -24,6 +24,7 @@ constexpr int kTopWeights = 20, kTopSlice = 21, kTopSums = 22, kTopScratch = 23;
 // Threads at most whose examples make up one slice: its gradients of kernels are cut into about three times as many pieces,
 // and what the others' caches hold is slow to read.
 constexpr int64_t kSharing = 4;
+static_assert(kSharing * kSlice <= kMostLeaves * kLeaf);
 
 // Parts of one piece of memory, each on a line of its own.
 struct Parts {
@@ -41,7 +42,7 @@ struct Layer {
   int64_t k, n;
   int64_t forward, backward;     // where in the packed weights: W^T and W
   int64_t h, g;                  // in the memory of a slice: h, [k, its examples], and g^T, by 64 features
-  int64_t gkernel_at, gbias_at;  // in the sums of a lane
+  int64_t gkernel_at, gbias_at;  // in the sums of a lane, and among those that each panel has, too
 };
 
 template <typename T>
@@ -52,26 +53,36 @@ struct Call {
   int64_t bottom_rows, columns, examples;
   std::vector<Layer> layers;
   bool is_slice;  // whether the batch is one slice of all lanes; else each has a slice after another
-  int64_t lanes, slice_panels;
-  int64_t weights_size, slice_size;
-  int64_t glogit_kernel, glogit_bias, loss, lane_size;  // where in the sums of a lane
+  Lanes lanes;
+  int64_t slice_panels, weights_size, slice_size, lane_size;
+  int64_t glogit_kernel, glogit_bias, loss, panel_size;  // where in the sums that each panel has
+  int64_t of_panels;                                     // where these are in the sums of a lane
   // Where in the memory of a thread: y of the last layer, [n, 64] by panels; the gradient before a layer's ReLU, likewise;
-  // packed panel; gradient of the vectors of a panel; what makes up the gradients of biases and logit kernel.
-  int64_t y, g, packed, gz, bias_sums, logit_sums, thread_size;
+  // packed panel; gradient of the vectors of a panel; what makes up the gradient of a bias, and of the logit kernel; the sums
+  // of each panel of a lane.
+  int64_t y, g, packed, gz, bias_sums, logit_sums, panel_sums, thread_size;
   int64_t widest;
 
   int64_t last() const { return layers.back().n; }
-  int64_t panels() const { return examples / kPanel; }
   int64_t slice_words() const { return slice_panels * kPanelWords<T>; }
   int64_t h_stride() const { return Stride(slice_words()); }
 };
 
+// Lanes that make no thread do more panels than an even share.
+Lanes EvenLanes(int64_t panels, int64_t threads) {
+  Lanes lanes{panels, 1};
+  auto most = [=](int64_t size) { return Ceil(Ceil(panels, size), threads) * size; };  // panels of a thread
+  while (most(2 * lanes.size) <= Ceil(panels, threads)) lanes.size *= 2;
+  return lanes;
+}
+
 template <typename T>
 void LayOut(Call<T>& call, int64_t threads) {
   call.is_slice = call.examples <= std::min(threads, kSharing) * kSlice;
-  call.slice_panels = call.is_slice ? call.panels() : kSlicePanels;
   call.lanes = GradientLanes(call.examples, threads);
-  Parts weights, slice, sums, memory;
+  if (call.is_slice) call.lanes = EvenLanes(call.lanes.panels, threads);
+  call.slice_panels = call.is_slice ? call.lanes.panels : kSlicePanels;
+  Parts weights, slice, lane, panel, memory;
   int64_t words = 0;
   call.widest = 0;
   for (Layer& layer : call.layers) {
@@ -81,21 +92,25 @@ void LayOut(Call<T>& call, int64_t threads) {
     layer.backward = weights.Add(rows * Stride(n_words));
     layer.h = slice.Add(rows * call.h_stride());
     layer.g = slice.Add(RoundUp(layer.n, kPanel) * call.slice_words());
-    layer.gkernel_at = sums.Add(call.is_slice ? 0 : layer.k * layer.n);
-    layer.gbias_at = sums.Add(layer.n);
+    layer.gkernel_at = lane.Add(call.is_slice ? 0 : SliceOf::Places(call.lanes.slices()) * layer.k * layer.n);
+    layer.gbias_at = panel.Add(layer.n);
     words = std::max({words, k_words, n_words});
     call.widest = std::max(call.widest, RoundUp(layer.n, 16));
   }
-  call.glogit_kernel = sums.Add(call.last());
-  call.glogit_bias = sums.Add(1);
-  call.loss = sums.Add(1);
-  call.weights_size = weights.size, call.slice_size = slice.size, call.lane_size = sums.size;
+  call.glogit_kernel = panel.Add(call.last());
+  call.glogit_bias = panel.Add(1);
+  call.loss = panel.Add(1);
+  call.weights_size = weights.size, call.slice_size = slice.size;
+  call.panel_size = panel.size;
+  call.of_panels = lane.Add(call.panel_size);
+  call.lane_size = lane.size;
   call.y = memory.Add(call.last() * kSlicePanels * kPanelWords<T>);
   call.g = memory.Add(call.widest * kSlicePanels * kPanelWords<T>);
   call.packed = memory.Add(kPanel * words);
   call.gz = memory.Add(RoundUp(call.layers[0].k, 16) * kPanel);
-  call.bias_sums = memory.Add(16 * call.widest * call.layers.size());
+  call.bias_sums = memory.Add(16 * call.widest);
   call.logit_sums = memory.Add(16 * call.last());
+  call.panel_sums = memory.Add(call.lanes.size * call.panel_size);
   call.thread_size = memory.size;
 }
 
@@ -108,8 +123,7 @@ class Lane {
 
   // The panels [first, last). Layer by layer, so that a layer's weights stay in the second-level cache.
   void Run(int64_t first, int64_t last) {
-    std::fill_n(Floats(call_.bias_sums), 16 * call_.widest * Layers(), 0.f);
-    std::fill_n(Floats(call_.logit_sums), 16 * call_.last(), 0.f);
+    first_ = first;
     for (start_ = first; start_ < last; start_ += kSlicePanels) {
       const int64_t panels = std::min(kSlicePanels, last - start_);
       auto for_panels = [&](const auto& work) {
@@ -124,21 +138,19 @@ class Lane {
         for_panels([&](int64_t i, int64_t example) { Backward(l, i, example); });
       }
       if (call_.is_slice) continue;  // all lanes together make the gradients of its kernels
+      const SliceOf which{(start_ - first) / kSlicePanels, start_ + panels == last};
       for (const Layer& layer : call_.layers) {
         KernelGradients(product_, slice_ + layer.h, slice_ + layer.g, call_.slice_words(), panels * kPanelWords<T>, layer.k,
-                        layer.n, start_ > first, sums_ + layer.gkernel_at);
+                        layer.n, which, sums_ + layer.gkernel_at);
       }
     }
-    for (int64_t l = 0; l < Layers(); ++l) SumRows(BiasSum(l, 0), call_.layers[l].n, sums_ + call_.layers[l].gbias_at);
-    SumRows(Floats(call_.logit_sums), call_.last(), sums_ + call_.glogit_kernel);
-    sums_[call_.glogit_bias] = glogit_bias_;
-    sums_[call_.loss] = loss_;
+    SumTerms(Floats(call_.panel_sums), last - first, call_.panel_size, call_.panel_size, sums_ + call_.of_panels);
   }
 
  private:
   int64_t Layers() const { return call_.layers.size(); }
   float* Floats(int64_t at) { return reinterpret_cast<float*>(memory_ + at); }
-  float* BiasSum(int64_t l, int64_t row) { return Floats(call_.bias_sums) + 16 * (l * call_.widest + row); }
+  float* OfPanel(int64_t i, int64_t at) { return Floats(call_.panel_sums + (start_ + i - first_) * call_.panel_size + at); }
   // The i-th panel of those at work, in the slice.
   int64_t InSlice(int64_t i) const { return call_.is_slice ? start_ + i : i; }
   // A row of a panel of what enters a layer or, with the number of layers, of the last one's y.
@@ -186,14 +198,17 @@ class Lane {
       for (int v = 0; v < kVectors; ++v) logits[v] += call_.logit_kernel[row] * x[v];
     }
     alignas(64) float logit[kPanel];
+    float loss = 0, glogit_bias = 0;
     StoreRow(logits, logit);
     for (int64_t e = 0; e < kPanel; ++e) {
       const float share = call_.weight[example + e] / call_.total, tail = std::exp(-std::abs(logit[e]));
       const float clicked = (logit[e] < 0 ? tail : 1) / (1 + tail);
-      loss_ += share * (std::max(logit[e], 0.f) + std::log1p(tail) - call_.label[example + e] * logit[e]);
+      loss += share * (std::max(logit[e], 0.f) + std::log1p(tail) - call_.label[example + e] * logit[e]);
       logit[e] = share * (clicked - call_.label[example + e]);
-      glogit_bias_ += logit[e];
+      glogit_bias += logit[e];
     }
+    *OfPanel(i, call_.loss) = loss;
+    *OfPanel(i, call_.glogit_bias) = glogit_bias;
     Vector glogit[kVectors];
     LoadRow(logit, glogit);
     for (int64_t row = 0; row < call_.last(); ++row) {
@@ -203,10 +218,16 @@ class Lane {
         total += glogit[v] * x[v];
         x[v] = call_.logit_kernel[row] * glogit[v];
       }
-      float* sum = Floats(call_.logit_sums) + 16 * row;
-      StoreVector(LoadVector(sum) + total, sum);
+      Store16(total, Floats(call_.logit_sums) + 16 * row);
       ThroughRelu(Layers() - 1, row, i, x);
     }
+    SumRows(Floats(call_.logit_sums), call_.last(), OfPanel(i, call_.glogit_kernel));
+    SumBias(Layers() - 1, i);
+  }
+
+  // Once all rows of a layer's gradient have gone through its ReLU.
+  void SumBias(int64_t l, int64_t i) {
+    SumRows(Floats(call_.bias_sums), call_.layers[l].n, OfPanel(i, call_.layers[l].gbias_at));
   }
 
   // A row of the gradient by a layer's y, which becomes that before the ReLU.
@@ -218,7 +239,7 @@ class Lane {
       total += g[v];
     }
     StoreRow(g, Gradient(i) + row * kPanel);
-    StoreVector(LoadVector(BiasSum(l, row)) + total, BiasSum(l, row));
+    Store16(total, Floats(call_.bias_sums) + 16 * row);
   }
 
   void Backward(int64_t l, int64_t i, int64_t example) {
@@ -238,7 +259,11 @@ class Lane {
       }
     };
     ForRowsOfProduct(product_, weights_ + layer.backward, words, memory_ + call_.packed, layer.k, use);
-    if (l == 0) PutVectors(call_.gvectors + example * call_.columns);
+    if (l > 0) {
+      SumBias(l - 1, i);
+    } else {
+      PutVectors(call_.gvectors + example * call_.columns);
+    }
   }
 
   // The gradient of the vectors of a panel, example by example.
@@ -260,9 +285,8 @@ class Lane {
   const Word* weights_;
   Word *slice_, *memory_;
   float* sums_;
-  int64_t start_ = 0;
+  int64_t first_ = 0, start_ = 0;
   const Product<T> product_{};
-  float loss_ = 0, glogit_bias_ = 0;
 };
 
 // A layer, and which 64 of its features.
@@ -307,26 +331,29 @@ ffi::Error Top(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets
   }
   LayOut(call, std::max<int64_t>(1, pool.num_threads()));
   Word* weights = Scratch<kTopWeights>(call.weights_size);
-  float* sums = reinterpret_cast<float*>(Scratch<kTopSums>(call.lanes * call.lane_size));
+  const Lanes& lanes = call.lanes;
+  float* sums = reinterpret_cast<float*>(Scratch<kTopSums>(lanes.count() * call.lane_size));
   PackWeights<T>(pool, call.layers, weights);
   Word* slice = call.is_slice ? Scratch<kTopSlice>(call.slice_size) : nullptr;
-  ParallelFor(pool, call.lanes, [&](int64_t i) {
+  ParallelFor(pool, lanes.count(), [&](int64_t i) {
     Lane<T> lane(call, weights, slice ? slice : Scratch<kTopSlice>(call.slice_size), sums + i * call.lane_size);
-    lane.Run(LaneStart(i, call.lanes, call.panels()), LaneStart(i + 1, call.lanes, call.panels()));
+    lane.Run(lanes.First(i), lanes.First(i + 1));
   });
   if (call.is_slice) {
     const std::vector<Piece> pieces = PiecesOf(call.layers, &Layer::n);
     ParallelFor(pool, pieces.size(), [&](int64_t i) {
       const auto& [layer, n0] = pieces[i];
       KernelGradient(Product<T>(), slice + layer->h, slice + layer->g, call.slice_words(), call.slice_words(), layer->k,
-                     layer->n, n0, false, layer->gkernel);
+                     layer->n, n0, {0, true}, layer->gkernel);
     });
   } else {
     for (const Layer& layer : call.layers) {
-      SumKernelGradients(pool, sums + layer.gkernel_at, call.lanes, call.lane_size, layer.k * layer.n, layer.gkernel);
+      SumKernelGradients(pool, sums + layer.gkernel_at, lanes.count(), call.lane_size, layer.k * layer.n, layer.gkernel);
     }
   }
-  auto sum = [&](int64_t at, int64_t n, float* out) { SumLanes(sums + at, call.lanes, call.lane_size, n, out); };
+  auto sum = [&](int64_t at, int64_t n, float* out) {
+    SumTerms(sums + call.of_panels + at, lanes.count(), call.lane_size, n, out);
+  };
   sum(call.loss, 1, out(0));
   sum(call.glogit_kernel, call.last(), out(3));
   sum(call.glogit_bias, 1, out(4));

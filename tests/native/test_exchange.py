@@ -1,6 +1,5 @@
 """Lookups that meet, and sums of what comes to one place, in C++ and in XLA, beside plain Python."""
 
-import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +9,7 @@ from hypothesis import strategies as st
 
 from dlrm_jax.native import build
 from dlrm_jax.native.exchange import NATIVE, XLA
+from tests.native.trees import merge_sum
 
 needs_compiler = pytest.mark.skipif(not build.load().ready, reason=build.load().note)
 FORMS = [pytest.param(NATIVE, id='C++', marks=needs_compiler), pytest.param(XLA, id='XLA')]
@@ -82,13 +82,15 @@ def test_add(kernels, lanes, places, dim):
   values = rng.normal(size=(lanes, dim))
   expected = np.zeros((places + 1, dim))
   np.add.at(expected, place, values)
-  found = kernels.add(jnp.asarray(place, jnp.int32), jnp.asarray(values, jnp.float32), places)
+  found = kernels.add(jnp.asarray(place, jnp.int32), jnp.asarray(values, jnp.float32), places, max(lanes, 1))
   np.testing.assert_allclose(found, expected[:places], rtol=1e-5, atol=1e-5)
 
 
 @needs_compiler
-def test_add_in_the_order_of_the_lanes():
+@pytest.mark.parametrize('leaf', [20_000, 5_000, 2_600, 700, 1])
+def test_add_leaf_by_leaf(leaf):
   rng = np.random.default_rng(0)
   place, values = rng.integers(0, 50, 20_000), rng.normal(size=(20_000, 2)).astype(np.float32)
-  expected = [functools.reduce(np.add, values[place == one], np.zeros(2, np.float32)) for one in range(50)]
-  np.testing.assert_array_equal(NATIVE.add(jnp.asarray(place, jnp.int32), jnp.asarray(values), 50), expected)
+  place[5_000:] = np.minimum(place[5_000:] + rng.integers(0, 9), 50)
+  found = NATIVE.add(jnp.asarray(place, jnp.int32), jnp.asarray(values), 50, leaf)
+  np.testing.assert_array_equal(found, merge_sum(place, values, 50, leaf))

@@ -21,6 +21,7 @@ from dlrm_jax.state import init_state
 from dlrm_jax.step import jit_train_step
 from dlrm_jax.structs import Table
 from tests.helpers import execute
+from tests.native.trees import merge_sum
 from tests.optim import reference
 from tests.test_step import make_batch, make_spec
 
@@ -64,9 +65,10 @@ def test_read_and_write_on_several_threads(lanes):
   same(NATIVE.write(tables(rows), row, new), XLA.write(tables(rows), row, new))
 
 
-def merged(kernels, scratch, row, grad, places):
+def merged(kernels, scratch, row, grad, places, leaf=None):
   """{row: bits of the sum of its gradients}, after what `merge` promises of the other lanes was checked."""
-  _, distinct, total, count = jax.jit(kernels.merge, static_argnums=3)(jnp.array(scratch), row, grad, places)
+  merge = jax.jit(kernels.merge, static_argnums=(3, 4))
+  _, distinct, total, count = merge(jnp.array(scratch), row, grad, places, leaf or max(len(row), 1))
   distinct, total, count = np.asarray(distinct), np.asarray(total), int(count)
   assert distinct.shape == (places,)
   assert (distinct[count:] == len(scratch)).all()
@@ -91,6 +93,18 @@ def test_merge_on_several_threads(lanes, dim):
   row = (rng.zipf(1.2, lanes) % 30_000 - 5).astype(np.int32)
   arguments = rng.integers(0, lanes, 29_000, dtype=np.int32), row, rng.normal(size=(lanes, dim)).astype(np.float32)
   assert merged(NATIVE, *arguments, lanes) == merged(XLA, *arguments, lanes)
+
+
+@pytest.mark.parametrize('leaf', [1, 40, 416, 3328, 30_000])
+@pytest.mark.parametrize('lanes', [2_000, 13_312, 29_999])
+def test_merge_leaf_by_leaf(lanes, leaf):
+  rng = np.random.default_rng(lanes)
+  row = (rng.zipf(1.2, lanes) % 500 - 5).astype(np.int32)
+  grad = rng.normal(size=(lanes, 16)).astype(np.float32)
+  found = merged(NATIVE, np.zeros(480, np.int32), row, grad, lanes, leaf)
+  inside = (row >= 0) & (row < 480)
+  sums = merge_sum(np.where(inside, row, 480), grad, 480, leaf)
+  assert found == {int(one): sums[one].tobytes() for one in set(row[inside])}
 
 
 def check_update(tx, lanes, dim, cancels=False):
@@ -180,10 +194,10 @@ from dlrm_jax.structs import Table
 assert build.load().ready
 rng = np.random.default_rng(0)
 row, grad = rng.integers(0, 5000, 70_000, dtype=np.int32), rng.normal(size=(70_000, 16)).astype(np.float32)
-_, *parts = jax.jit(NATIVE.merge, static_argnums=3)(np.zeros(5000, np.int32), row, grad, 70_000)
+_, *parts = jax.jit(NATIVE.merge, static_argnums=(3, 4))(np.zeros(5000, np.int32), row, grad, 70_000, 3328)
 count = int(parts[2])
 tx, value = OPTIMIZERS['adamasync'](0.1), np.ones((5000, 16), np.float32)
-update = jax.jit(lambda table: update_rows(tx, table, row, grad, 0.1, NATIVE))
+update = jax.jit(lambda table: update_rows(tx, table, row, grad, 0.1, NATIVE, leaf=3328))
 table = update(Table(value, init_slots(tx, value), np.zeros(5000, np.int32)))
 arrays = parts[0], parts[1][:count], table.value, table.slots.m, table.slots.v
 print(hashlib.sha256(b''.join(np.asarray(array).tobytes() for array in arrays)).hexdigest())

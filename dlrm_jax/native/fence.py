@@ -1,0 +1,21 @@
+"""Parts of a program that are computed to the same bits wherever they stand."""
+
+from typing import Any
+
+import jax
+from jax import Array
+
+
+def fence(tree: Any) -> Any:
+  """The tree, as numbers that XLA does not fuse with what they were made of. Needs `build.load()`.
+
+  How a sum of products is rounded depends on what XLA:CPU fuses: with one rounding or two, of one product or the other.
+  So the same formula has other bits in another program, unless the whole of it is between such fences. XLA's own
+  `optimization_barrier` is gone before it fuses.
+  """
+
+  def one(leaf: Array) -> Array:
+    same = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    return jax.ffi.ffi_call('dlrm_fence', same, input_output_aliases={0: 0})(leaf)
+
+  return jax.tree.map(one, tree)
