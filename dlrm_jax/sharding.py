@@ -66,7 +66,7 @@ class Axis:
 
   def sum_flat(self, tree: Any, dtype: str = 'float32') -> Any:
     """As `sum`, of float32 leaves, in one message, in which the numbers are of this type. May be differentiated."""
-    return _sum(self, tree, dtype)
+    return _sum_flat(self, tree, dtype)
 
   def to_each(self, tree: Any, dtype: str = 'float32') -> Any:
     """What all devices have alike, for each to use with its examples: the gradient is the `sum_flat` of all uses."""
@@ -144,14 +144,16 @@ class Axis:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 2))
-def _sum(axis: Axis, tree: Any, dtype: str) -> Any:
+def _sum_flat(axis: Axis, tree: Any, dtype: str) -> Any:
   if axis.mesh:
     flat, unflatten = ravel_pytree(tree)
     tree = unflatten(axis._sum(flat, dtype))
   return axis.fence(tree)  # on one device, too
 
 
-_sum.defvjp(lambda axis, tree, dtype: (_sum(axis, tree, dtype), None), lambda axis, dtype, _, gradient: (gradient,))
+_sum_flat.defvjp(
+  lambda axis, tree, dtype: (_sum_flat(axis, tree, dtype), None), lambda axis, dtype, _, gradient: (gradient,)
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 2))
@@ -160,7 +162,7 @@ def _to_each(axis: Axis, tree: Any, dtype: str) -> Any:
 
 
 _to_each.defvjp(
-  lambda axis, tree, dtype: (tree, None), lambda axis, dtype, _, gradient: (_sum(axis, gradient, dtype),)
+  lambda axis, tree, dtype: (tree, None), lambda axis, dtype, _, gradient: (_sum_flat(axis, gradient, dtype),)
 )
 
 ALONE = Axis()

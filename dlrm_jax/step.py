@@ -87,9 +87,10 @@ def gradients(
   loss, ((top_gradient, of_scale_shift), h_gradient, vectors_gradient) = _over_slices(
     top, program.spec.micro_batch, (of_top, scale_shift), h, vectors, batch
   )
-  (loss, of_scale_shift), top_gradient = summed(program, (loss, of_scale_shift), top_gradient)
+  cut = cut_params(program)
+  (loss, of_scale_shift), top_gradient = summed(program, cut, (loss, of_scale_shift), top_gradient)
   (bottom_gradient,) = bottom_vjp(Activations(h_gradient, of_scale_shift))
-  params_gradient = own_part(program, bottom_gradient) | top_gradient
+  params_gradient = own_part(program, cut, bottom_gradient) | top_gradient
   return loss, (params_gradient, vectors_gradient), batch_stats
 
 
@@ -108,11 +109,16 @@ def after_params(program: Program, whole: TrainState, batch: Batch) -> Batch:
   return batch.replace(bucket=after(batch.bucket, whole.params), key=after(batch.key, whole.params))
 
 
-def summed(program: Program, exact: Any, gradient: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def cut_params(program: Program) -> dict[str, Any]:
+  """Of each parameter of the network, whether every device has a part of it, not all."""
+  return jax.tree.map(lambda spec: spec == CUT, state_specs(program).params)
+
+
+def summed(program: Program, cut: dict[str, Any], exact: Any, gradient: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
   """Of all devices' examples: what is not to be rounded on its way, and the gradient by some of the parameters; of one
   that is cut, this device's part."""
   leaves, structure = jax.tree.flatten(gradient)
-  cut = jax.tree.leaves(is_cut(program, gradient))
+  cut = jax.tree.leaves({name: cut[name] for name in gradient})
   dtype, axis = program.spec.model.reduce_dtype, program.axis
   parts = [axis.fence(axis.scatter_sum(leaf, dtype)) for leaf, is_cut in zip(leaves, cut, strict=True) if is_cut]
   wholes = [leaf for leaf, is_cut in zip(leaves, cut, strict=True) if not is_cut]
@@ -124,18 +130,10 @@ def summed(program: Program, exact: Any, gradient: dict[str, Any]) -> tuple[Any,
   return exact, structure.unflatten([next(order[0] if is_cut else order[1]) for is_cut in cut])
 
 
-def own_part(program: Program, gradient: dict[str, Any]) -> dict[str, Any]:
+def own_part(program: Program, cut: dict[str, Any], gradient: dict[str, Any]) -> dict[str, Any]:
   """Of the gradient by some of the parameters, which all devices have: of one that is cut, this device's part."""
   own = lambda leaf, is_cut: program.axis.own(leaf) if is_cut else leaf
-  return jax.tree.map(own, program.axis.fence(gradient), is_cut(program, gradient))
-
-
-def is_cut(program: Program, params: dict[str, Any]) -> dict[str, Any]:
-  """Of each of some of the parameters, whether every device has a part of it."""
-  if not program.axis.mesh:
-    return jax.tree.map(lambda _: False, params)
-  specs = state_specs(program).params
-  return jax.tree.map(lambda _, spec: spec == CUT, params, {name: specs[name] for name in params})
+  return jax.tree.map(own, program.axis.fence(gradient), {name: cut[name] for name in gradient})
 
 
 def _over_slices(

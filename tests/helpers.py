@@ -81,6 +81,13 @@ def execute(arguments, cwd, **environment):
   return done.returncode, done.stdout, done.stderr
 
 
+def outputs_on_threads(code, repository, *numbers):
+  """What a program of Python prints where XLA has so many threads, one number after another."""
+  outputs = [execute([sys.executable, '-c', code], repository, NPROC=str(number)) for number in numbers]
+  assert not any(status for status, _, _ in outputs), outputs
+  return [stdout for _, stdout, _ in outputs]
+
+
 def result(stdout):
   """The one line of JSON."""
   (line,) = stdout.splitlines()

@@ -13,8 +13,7 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-// Of the uses of memory that a thread keeps.
-constexpr int kMeetPlaces = 300, kMeetScratch = 301, kLanesOfPlaces = 302, kSumsOfPlaces = 303;
+constexpr int kMeetPlaces = 300, kMeetScratch = 301, kAddLists = 302;  // of the uses of memory that a thread keeps
 
 inline uint32_t Hash(const uint32_t* key, int64_t words, uint32_t feature) {
   uint32_t h = feature * 0x85ebca77u;
@@ -88,14 +87,12 @@ ffi::Error Add(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> place_in, ffi::Buffer
   float* total = out->typed_data();
   std::memset(total, 0, out->size_bytes());
   dlrm::ParallelFor(pool, parts, [&](int64_t i) {
-    uint32_t* memory = dlrm::Scratch<kLanesOfPlaces>(dlrm::Part::Words(lanes));
+    uint32_t* memory = dlrm::Scratch<kAddLists>(dlrm::Part::Words(lanes));
     const dlrm::Part part = dlrm::FindDistinct(place_in.typed_data(), lanes, places, leaf, i, parts, memory,
                                                [](int32_t, const dlrm::Part&) {});
-    float* sums = reinterpret_cast<float*>(dlrm::Scratch<kSumsOfPlaces>(part.partial * dim));
-    dlrm::AddLanes(part, values.typed_data(), dim, sums);
-    for (int64_t j = 0; j < part.rows; ++j) {
-      std::copy_n(dlrm::SumOfRow(part, j, dim, sums), dim, total + part.row[j].number * dim);
-    }
+    dlrm::ForSums(part, values.typed_data(), dim, [&](int64_t at, const float* sum, auto n) {
+      std::copy_n(sum, +n, total + part.row[at].number * n);
+    });
   });
   return ffi::Error::Success();
 }

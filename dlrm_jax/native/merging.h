@@ -164,6 +164,18 @@ const float* SumOfRow(const Part& part, int64_t place, Size dim, float* sums) {
   return sums + stack[0] * dim;
 }
 
+constexpr int kSumsOfRows = 102;  // of the uses of memory that a thread keeps
+
+// use(place of a row in the part, the sum of its gradients, their number) for each of the part's rows.
+template <typename Use>
+void ForSums(const Part& part, const float* grad, int64_t dim, const Use& use) {
+  float* sums = reinterpret_cast<float*>(Scratch<kSumsOfRows>(part.partial * dim));
+  AddLanes(part, grad, dim, sums);
+  WithDim(dim, [&](auto n) {
+    for (int64_t place = 0; place < part.rows; ++place) use(place, SumOfRow(part, place, n, sums), n);
+  });
+}
+
 }  // namespace dlrm
 
 #endif  // DLRM_JAX_NATIVE_MERGING_H_

@@ -128,7 +128,7 @@ void UpdateRow(const Rule& rule, float l2, Size n, const float* total, float* co
   }
 }
 
-constexpr int kLists = 103, kTotals = 104;  // of the uses of memory that a thread keeps
+constexpr int kLists = 103;         // of the uses of memory that a thread keeps
 constexpr int64_t kRowsAhead = 16;          // of each table
 constexpr int64_t kFew = 1 << 14;           // lanes whose rows and slots stay in the second-level cache
 
@@ -144,15 +144,11 @@ void UpdatePart(const Rule& rule, float l2, const int32_t* row, int64_t lanes, c
     if (part.lanes < kFew) ask(row);
   };
   const Part part = FindDistinct(row, lanes, tables[0].rows, leaf, which, parts, memory, found);
-  float* sums = reinterpret_cast<float*>(Scratch<kTotals>(part.partial * dim));
-  AddLanes(part, grad, dim, sums);
-  WithDim(dim, [&](auto n) {
-    for (int64_t i = 0; i < part.rows; ++i) {
-      if (i + kRowsAhead < part.rows) ask(part.row[i + kRowsAhead].number);
-      float* at[kTables<Rule>];
-      for (size_t t = 0; t < kTables<Rule>; ++t) at[t] = reinterpret_cast<float*>(tables[t].At(part.row[i].number));
-      UpdateRow(rule, l2, n, SumOfRow(part, i, n, sums), at);
-    }
+  ForSums(part, grad, dim, [&](int64_t place, const float* sum, auto n) {
+    if (place + kRowsAhead < part.rows) ask(part.row[place + kRowsAhead].number);
+    float* at[kTables<Rule>];
+    for (size_t t = 0; t < kTables<Rule>; ++t) at[t] = reinterpret_cast<float*>(tables[t].At(part.row[place].number));
+    UpdateRow(rule, l2, n, sum, at);
   });
 }
 

@@ -81,7 +81,7 @@ ffi::Error Scatter(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> row, ffi::Remaini
   return ffi::Error::Success();
 }
 
-constexpr int kListsOfParts = 100, kSumsOfPart = 102;  // of the uses of memory that a thread keeps
+constexpr int kListsOfParts = 100;  // of the uses of memory that a thread keeps
 
 // Results: the scratch, of which there is no need here; the distinct rows, then "no row"; the sums of their gradients;
 // their number.
@@ -104,12 +104,10 @@ ffi::Error Merge(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> scratch_in, ffi::Bu
   int64_t first[kMostMergers + 1] = {};
   for (int64_t i = 0; i < number; ++i) first[i + 1] = first[i] + parts[i].rows;
   ParallelFor(pool, number, [&](int64_t i) {
-    float* sums = reinterpret_cast<float*>(Scratch<kSumsOfPart>(parts[i].partial * dim));
-    AddLanes(parts[i], grad.typed_data(), dim, sums);
-    for (int64_t place = 0; place < parts[i].rows; ++place) {
+    ForSums(parts[i], grad.typed_data(), dim, [&](int64_t place, const float* sum, auto n) {
       distinct[first[i] + place] = parts[i].row[place].number;
-      std::copy_n(SumOfRow(parts[i], place, dim, sums), dim, total_out->typed_data() + (first[i] + place) * dim);
-    }
+      std::copy_n(sum, +n, total_out->typed_data() + (first[i] + place) * n);
+    });
   });
   std::fill(distinct + first[number], distinct + distinct_out->element_count(), static_cast<int32_t>(rows));
   *count_out->typed_data() = first[number];

@@ -79,8 +79,7 @@ Lanes EvenLanes(int64_t panels, int64_t threads) {
 template <typename T>
 void LayOut(Call<T>& call, int64_t threads) {
   call.is_slice = call.examples <= std::min(threads, kSharing) * kSlice;
-  call.lanes = GradientLanes(call.examples, threads);
-  if (call.is_slice) call.lanes = EvenLanes(call.lanes.panels, threads);
+  call.lanes = call.is_slice ? EvenLanes(call.examples / kPanel, threads) : GradientLanes(call.examples, threads);
   call.slice_panels = call.is_slice ? call.lanes.panels : kSlicePanels;
   Parts weights, slice, lane, panel, memory;
   int64_t words = 0;

@@ -1,7 +1,6 @@
 """The C++ layer against numpy and against the form in XLA, on each of its ways to multiply."""
 
 import functools
-import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 
 from dlrm_jax.model.layers import native_layer, xla_layer
 from dlrm_jax.native import build
+from tests.helpers import outputs_on_threads
 
 NATIVE = build.choose(True)
 needs_compiler = pytest.mark.skipif(not NATIVE.ready, reason=NATIVE.note)
@@ -98,8 +98,7 @@ def test_a_nan_stays_a_nan(dtype):
 
 
 DIGEST = """
-import hashlib, sys
-sys.path.insert(0, sys.argv[1])
+import hashlib
 import numpy as np
 from dlrm_jax.native import build
 from tests.model.test_layers import native_layer, operands, outputs_and_gradients
@@ -108,22 +107,17 @@ build.load()
 for dtype in (jnp.float32, jnp.bfloat16):
   kernel, *others = operands(367, 100, 2112, dtype)
   kernel *= np.float32(0.3)  # with thirds every sum is rounded, so its order shows
-  for _ in range(5):
+  for _ in range(20):
     out = outputs_and_gradients(native_layer, kernel, *others)
     print(hashlib.sha256(b''.join(leaf.tobytes() for leaf in out)).hexdigest())
 """
 
 
 @needs_compiler
-def test_bits_do_not_depend_on_threads():
-  digests = set()
-  for threads in (1, 2, 5, 16):
-    environment = {**os.environ, 'NPROC': str(threads)}
-    command = [sys.executable, '-c', DIGEST, str(Path(__file__).parents[2])]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
-    assert len(found) == 10
-    digests |= set(found)
-  assert len(digests) == 2  # of either dtype
+def test_bits_do_not_depend_on_threads(repository):
+  digests = [stdout.split() for stdout in outputs_on_threads(DIGEST, repository, 1, 2, 5, 16)]
+  assert {len(printed) for printed in digests} == {40}
+  assert len(set().union(*digests)) == 2  # of either dtype
 
 
 # The other ways to multiply, which this processor may lack or leave alone: the tiles of AMX are emulated, plain vectors

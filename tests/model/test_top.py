@@ -1,9 +1,5 @@
 """The top of the network in one C++ kernel, beside numpy and beside its form in XLA."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +11,7 @@ from dlrm_jax.model.layers import NATIVE, XLA
 from dlrm_jax.model.mlp import Activations
 from dlrm_jax.native import build
 from dlrm_jax.spec import ModelSpec
+from tests.helpers import outputs_on_threads
 
 pytestmark = pytest.mark.skipif(not build.load().ready, reason=build.load().note)
 # Numbers of the bottom's output, of columns and in a vector; sizes of the layers; examples.
@@ -125,26 +122,20 @@ def test_dot_is_left_to_the_layers():
 
 
 DIGEST = """
-import hashlib, sys
-sys.path.insert(0, sys.argv[1])
+import hashlib
 import jax, numpy as np
 from dlrm_jax.native import build
 from tests.model import test_top as t
 build.load()
 shape = (16, 26, 16, (128, 64), 1600)  # with five threads one slice of all, with two lanes
 for dtype in ('float32', 'bfloat16'):
-  for _ in range(5):
+  for _ in range(10):
     found = t.loss_and_gradients(t.NATIVE, shape, dtype, t.operands(shape))
     print(hashlib.sha256(b''.join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(found))).hexdigest())
 """
 
 
-def test_bits_do_not_depend_on_threads():
-  digests = set()
-  for threads in (1, 2, 5, 16):
-    environment = {**os.environ, 'NPROC': str(threads)}
-    command = [sys.executable, '-c', DIGEST, str(Path(__file__).parents[2])]
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
-    assert len(found) == 10
-    digests |= set(found)
-  assert len(digests) == 2  # of either dtype
+def test_bits_do_not_depend_on_threads(repository):
+  digests = [stdout.split() for stdout in outputs_on_threads(DIGEST, repository, 1, 2, 5, 16)]
+  assert {len(printed) for printed in digests} == {20}
+  assert len(set().union(*digests)) == 2  # of either dtype

@@ -1,7 +1,6 @@
 """The kernels of a directory in C++ against those in XLA, bit for bit."""
 
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from dlrm_jax.embeddings import directory as directories
 from dlrm_jax.embeddings.directory import Ids, make_directory
 from dlrm_jax.native import build
 from dlrm_jax.native.directory import NATIVE, XLA
-from tests.helpers import execute
+from tests.helpers import outputs_on_threads
 
 pytestmark = pytest.mark.skipif(not build.load().ready, reason=build.load().note)
 
@@ -108,7 +107,4 @@ print(hashlib.sha256(b''.join(np.asarray(leaf).tobytes() for leaf in leaves)).he
 
 
 def test_the_number_of_threads_changes_no_bit(repository):
-  command = [sys.executable, '-c', MANY_LANES]
-  outputs = [execute(command, repository, NPROC=str(threads)) for threads in (1, 2, 5)]
-  assert [code for code, _, _ in outputs] == [0, 0, 0], outputs
-  assert len({stdout for _, stdout, _ in outputs}) == 1
+  assert len(set(outputs_on_threads(MANY_LANES, repository, 1, 2, 5))) == 1

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from dlrm_jax.program import make_program
 from dlrm_jax.state import init_state
 from dlrm_jax.step import jit_train_step
 from dlrm_jax.structs import Table
-from tests.helpers import execute
+from tests.helpers import outputs_on_threads
 from tests.native.trees import merge_sum
 from tests.optim import reference
 from tests.test_step import make_batch, make_spec
@@ -205,7 +204,4 @@ print(hashlib.sha256(b''.join(np.asarray(array).tobytes() for array in arrays)).
 
 
 def test_the_number_of_threads_changes_no_bit(repository):
-  command = [sys.executable, '-c', MANY_LANES]
-  outputs = [execute(command, repository, NPROC=str(threads)) for threads in (1, 2, 5)]
-  assert [code for code, _, _ in outputs] == [0, 0, 0], outputs
-  assert len({stdout for _, stdout, _ in outputs}) == 1
+  assert len(set(outputs_on_threads(MANY_LANES, repository, 1, 2, 5))) == 1
