@@ -19,6 +19,7 @@ from dlrm_jax.model.dlrm import DLRM
 from dlrm_jax.native import build, directory, exchange, rows
 from dlrm_jax.native.fence import fence
 from dlrm_jax.optim import OPTIMIZERS, dense_transform
+from dlrm_jax.optim.parameters import update_parameters
 from dlrm_jax.optim.schedules import LearningRate, schedule
 from dlrm_jax.sharding import ALONE, Axis
 from dlrm_jax.spec import KEYED, OptimizerSpec, Spec
@@ -32,6 +33,7 @@ class Program:
   spec: Spec
   model: DLRM
   dense_tx: optax.GradientTransformation
+  update_parameters: Callable[..., tuple[Any, Any]]  # (gradient, opt_state, params) -> (params, opt_state), of dense_tx
   embeddings: Static  # or a kind of tables that is made from it
   native: build.Native
   axis: Axis
@@ -47,12 +49,14 @@ def make_program(spec: Spec, axis: Axis = ALONE) -> Program:
   table_tx = make(rate, **OPTIONS[options.name](options))
   # DeepRec has the RMSProp mode for table rows alone.
   dense_tx = make(rate, **OPTIONS[options.name](dataclasses.replace(options, rmsprop=False)))
+  dense_tx = dense_transform(dense_tx, rate, options.weight_decay)
   layout = static_layout(spec.embedding)
   update_table = functools.partial(UPDATES[options.table_update], table_tx, l2=spec.embedding.l2, kernels=kernels)
   return Program(
     spec=spec,
     model=DLRM(spec.model, layers.NATIVE if native.ready else layers.XLA, axis),
-    dense_tx=dense_transform(dense_tx, rate, options.weight_decay),
+    dense_tx=dense_tx,
+    update_parameters=functools.partial(update_parameters, dense_tx, native=native.ready),
     embeddings=embeddings_of(spec, layout, table_tx, update_table, axis, native.ready),
     native=native,
     axis=axis,

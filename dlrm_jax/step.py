@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 from jaxtyping import Float
 
@@ -33,10 +32,10 @@ def train_step(program: Program, state: TrainState, batch: Batch) -> tuple[Train
     batch = batch.replace(dense=after(batch.dense, vectors), weight=after(batch.weight, vectors))
   examples = program.axis.sum(batch.weight.sum())
   loss, (params_gradient, vectors_gradient), batch_stats = gradients(program, whole, vectors, batch, examples)
-  updates, opt_state = program.dense_tx.update(params_gradient, state.opt_state, state.params)
+  params, opt_state = program.update_parameters(params_gradient, state.opt_state, state.params)
   new_state = TrainState(
     step=state.step + 1,
-    params=optax.apply_updates(state.params, updates),
+    params=params,
     batch_stats=batch_stats,
     opt_state=opt_state,
     tables=embeddings.update(tables, found.after((loss, params_gradient)), vectors_gradient, state.step),

@@ -48,7 +48,6 @@ def milliseconds(call: Callable[[Any], Any], batches: Sequence[Any], seconds: fl
 def of_step(program: Any, state: Any, batches: Sequence[Any], seconds: float) -> tuple[Parts, Any]:
   """The parts of a step, and the state after the steps that this took."""
   import jax
-  import optax
 
   from dlrm_jax import step
 
@@ -63,8 +62,8 @@ def of_step(program: Any, state: Any, batches: Sequence[Any], seconds: float) ->
   both = jax.jit(functools.partial(gradients, program))
 
   def optimize(gradient: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
-    updates, opt_state = program.dense_tx.update(gradient, opt_state, params)
-    return opt_state, optax.apply_updates(params, updates)  # in the order that they are donated in, or XLA copies them
+    params, opt_state = program.update_parameters(gradient, opt_state, params)
+    return opt_state, params  # in the order that they are donated in, or XLA copies them
 
   optimize = jax.jit(optimize, donate_argnums=(1, 2))
   update = jax.jit(lambda *arguments: embeddings.update(*arguments, state.step), donate_argnums=0)

@@ -27,7 +27,7 @@ from dlrm_jax.embeddings.directory import (
   whole_pages,
 )
 from dlrm_jax.embeddings.first_values import initial_vectors, make_table, start_rows, take
-from dlrm_jax.embeddings.layout import TableLayout
+from dlrm_jax.embeddings.layout import TableLayout, of_columns
 from dlrm_jax.embeddings.static import Found, Static, Tables, Vocabularies
 from dlrm_jax.embeddings.width import blocks_of, make_widths, mask
 from dlrm_jax.sharding import Axis, after
@@ -222,7 +222,7 @@ class Dynamic(Static):
 def wanted_ids(batch: Batch, table: TableLayout) -> tuple[Ids, Bool[Array, 'N']]:
   """The ids of a batch's lookups in a table, examples one after another, and which of these are no padding."""
   columns = jnp.array(table.columns, jnp.uint32)
-  key = batch.key if len(table.columns) == batch.key.shape[1] else batch.key[:, list(table.columns)]
+  key = of_columns(batch.key, table.columns)
   ids = Ids(key.reshape(-1, 2), jnp.tile(columns, batch.weight.shape[0]))
   return ids, jnp.repeat(batch.weight > 0, len(table.columns))
 

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int32
 
 from dlrm_jax import bits
 from dlrm_jax.embeddings import exchange, tables
+from dlrm_jax.embeddings.layout import of_columns
 from dlrm_jax.native.directory import DirectoryKernels
 from dlrm_jax.native.exchange import ExchangeKernels
 from dlrm_jax.native.rows import RowKernels
@@ -192,10 +193,10 @@ class Static:
       apply = functools.partial(self.update_table, step=step, first=first)
       if isinstance(where, exchange.Route):
         out[name] = exchange.update(
-          self.axis, where, table, tables.of_columns(gradient, of.columns), apply, self.exchanges
+          self.axis, where, table, of_columns(gradient, of.columns), apply, self.exchanges
         )
         sent = bits.widen(out[name].value[:1])
       else:
-        of_lanes = tables.of_columns(everyones, of.columns).reshape(-1, dim)
+        of_lanes = of_columns(everyones, of.columns).reshape(-1, dim)
         out[name] = apply(table, where.reshape(-1), of_lanes, leaf=LEAF * len(of.columns))
     return out

@@ -52,10 +52,3 @@ def in_order(layout: Layout, parts: dict[str, Array]) -> Array:
   order = [column for table in layout.values() for column in table.columns]
   places = sorted(range(len(order)), key=order.__getitem__)
   return jnp.concatenate(list(parts.values()), axis=1)[:, jnp.array(places)]
-
-
-def of_columns(gradient: Array, columns: tuple[int, ...]) -> Array:
-  """What is [B, F, ...] for all columns, for some."""
-  if columns == tuple(range(gradient.shape[1])):
-    return gradient  # XLA would copy it
-  return gradient[:, jnp.array(columns)]

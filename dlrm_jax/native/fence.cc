@@ -1,4 +1,4 @@
-// The result is the argument: what XLA cannot look through.
+// The results are the arguments: what XLA cannot look through.
 
 #include <cstring>
 
@@ -8,11 +8,14 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-ffi::Error Fence(ffi::AnyBuffer in, ffi::Result<ffi::AnyBuffer> out) {
-  if (in.untyped_data() != out->untyped_data()) std::memcpy(out->untyped_data(), in.untyped_data(), in.size_bytes());
+ffi::Error Fence(ffi::RemainingArgs args, ffi::RemainingRets results) {
+  for (size_t i = 0; i < args.size(); ++i) {
+    const ffi::AnyBuffer in = *args.get<ffi::AnyBuffer>(i), out = **results.get<ffi::AnyBuffer>(i);
+    if (in.untyped_data() != out.untyped_data()) std::memcpy(out.untyped_data(), in.untyped_data(), in.size_bytes());
+  }
   return ffi::Error::Success();
 }
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(DlrmFence, Fence, ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DlrmFence, Fence, ffi::Ffi::Bind().RemainingArgs().RemainingRets());

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-from jax import Array
 
 
 def fence(tree: Any) -> Any:
@@ -14,8 +13,7 @@ def fence(tree: Any) -> Any:
   `optimization_barrier` is gone before it fuses.
   """
 
-  def one(leaf: Array) -> Array:
-    same = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    return jax.ffi.ffi_call('dlrm_fence', same, input_output_aliases={0: 0})(leaf)
-
-  return jax.tree.map(one, tree)
+  leaves, structure = jax.tree.flatten(tree)
+  same = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+  call = jax.ffi.ffi_call('dlrm_fence', same, input_output_aliases={i: i for i in range(len(leaves))})
+  return structure.unflatten(call(*leaves))

@@ -102,17 +102,6 @@ void PackRows(const float* kernel, int64_t n, int64_t from, int64_t to, Word* ou
   }
 }
 
-// Whether this thread has yet to pack the weights of the call, as each does for itself.
-inline bool IsFirstOf(int64_t call) {
-  thread_local int64_t last = -1;
-  return std::exchange(last, call) != call;
-}
-
-inline int64_t NewCall() {
-  static std::atomic<int64_t> calls{0};
-  return calls.fetch_add(1, std::memory_order_relaxed);
-}
-
 // Multiplies packed rows, A of so many words each, by a packed panel, and calls use(row, 64 numbers) for each row of C.
 template <typename T, typename Use>
 void ForRowsOfProduct(const Product<T>& product, const Word* a, int64_t words, const Word* panel, int64_t rows,
@@ -203,13 +192,18 @@ struct SliceOf {
   static int64_t Places(int64_t slices) { return std::max<int64_t>(1, Depth(slices) - 1); }
 };
 
-// The gradient of a kernel, [k, n], by the first `words` of h, [k, words of examples], and g^T of a slice, which have room
-// for `slice_words`: the columns from n0 on, up to 64 of them. `sums` are a lane's, [places, k, n].
+// A kernel's gradient is made in pieces of so many rows and 64 columns, all pieces of some columns one after another.
+constexpr int64_t kPieceRows = 2 * kBlock;
+inline int64_t GradientPieces(int64_t k, int64_t n) { return Ceil(k, kPieceRows) * Ceil(n, kPanel); }
+
+// A piece of the gradient of a kernel, [k, n], by the first `words` of h, [k, words of examples], and g^T of a slice, which
+// have room for `slice_words`. `sums` are a lane's, [places, k, n].
 template <typename T>
 void KernelGradient(const Product<T>& product, const Word* h, const Word* g, int64_t slice_words, int64_t words, int64_t k,
-                    int64_t n, int64_t n0, SliceOf slice, float* sums) {
+                    int64_t n, int64_t piece, SliceOf slice, float* sums) {
+  const int64_t n0 = piece / Ceil(k, kPieceRows) * kPanel, k0 = piece % Ceil(k, kPieceRows) * kPieceRows;
   const int64_t columns = std::min(kPanel, n - n0), ld = Stride(slice_words);
-  for (int64_t first = 0; first < k; first += kBlock) {
+  for (int64_t first = k0; first < std::min(k, k0 + kPieceRows); first += kBlock) {
     const int64_t rows = std::min(kBlock, k - first);
     alignas(64) float c[Depth(kMostLeaves) * kBlock * kPanel];
     ProductOfLeaves(product, h + first * ld, ld, g + n0 * slice_words, words, rows, c);
@@ -222,12 +216,12 @@ void KernelGradient(const Product<T>& product, const Word* h, const Word* g, int
   }
 }
 
-// The same, of all columns.
+// The same, of all pieces.
 template <typename T>
 void KernelGradients(const Product<T>& product, const Word* h, const Word* g, int64_t slice_words, int64_t words, int64_t k,
                      int64_t n, SliceOf slice, float* sums) {
-  for (int64_t n0 = 0; n0 < n; n0 += kPanel) {
-    KernelGradient(product, h, g, slice_words, words, k, n, n0, slice, sums);
+  for (int64_t piece = 0; piece < GradientPieces(k, n); ++piece) {
+    KernelGradient(product, h, g, slice_words, words, k, n, piece, slice, sums);
   }
 }
 
@@ -247,11 +241,33 @@ inline Lanes LanesOf(int64_t panels, int64_t wanted, int64_t least = 1) {
   return lanes;
 }
 
-// Those of a call that makes gradients of kernels, which are sums of whole leaves: every lane costs a gradient to write and
-// to add, so that there are more than one a thread only where there is much to do.
-inline Lanes GradientLanes(int64_t examples, int64_t threads) {
+// Lanes that make no thread do more panels than an even share.
+inline Lanes EvenLanes(int64_t panels, int64_t threads) {
+  Lanes lanes{panels, 1};
+  auto most = [=](int64_t size) { return Ceil(Ceil(panels, size), threads) * size; };  // panels of a thread
+  while (most(2 * lanes.size) <= Ceil(panels, threads)) lanes.size *= 2;
+  return lanes;
+}
+
+// Threads at most whose examples make up one slice: what the others' caches hold is slow to read.
+constexpr int64_t kSharing = 4;
+static_assert(kSharing * kSlice <= kMostLeaves * kLeaf);
+
+// How the batch of a call that makes gradients of kernels is cut. A small one is one slice of all lanes, and its gradients are
+// made piece by piece, by all threads, if these are enough. Of a larger one each lane has slices, one after another, and gradients of its own, which
+// are sums of whole leaves. They cost writing and adding, so there are more than one a thread only where there is much to do.
+struct Cut {
+  bool is_slice;
+  Lanes lanes;
+  int64_t slice_panels;
+};
+
+inline Cut CutOf(int64_t examples, int64_t threads, int64_t pieces) {
+  const int64_t panels = examples / kPanel, own = std::min(threads, Ceil(examples, kLeaf));
+  const bool is_small = examples <= std::min(threads, kSharing) * kSlice;
+  if (is_small && pieces >= 2 * own) return {true, EvenLanes(panels, threads), panels};
   const int64_t wanted = std::max(threads, std::min(kLanes * threads, examples / kSlice));
-  return LanesOf(examples / kPanel, wanted, kLeafPanels);
+  return {false, LanesOf(panels, wanted, kLeafPanels), kSlicePanels};
 }
 
 // gkernel, of `size` numbers, <- the sum over the lanes of theirs, which lie `ld` numbers apart.

@@ -101,7 +101,7 @@ def native_update(
   leaf: int,
 ) -> Any:
   """See `RowKernels.update`. The result does not depend on the number of threads."""
-  return _in_place(f'dlrm_rows_{rule}', (row, grad, _words(numbers), jnp.asarray(l2, jnp.float32)), tables, leaf=leaf)
+  return _in_place(f'dlrm_rows_{rule}', (row, grad, words(numbers), jnp.asarray(l2, jnp.float32)), tables, leaf=leaf)
 
 
 def _in_place(target: str, before: Sequence[Array], tables: Any, after: Sequence[Array] = (), **attributes: int) -> Any:
@@ -113,7 +113,7 @@ def _in_place(target: str, before: Sequence[Array], tables: Any, after: Sequence
   return jax.tree.unflatten(tree, call(*before, *leaves, *after, **attributes))
 
 
-def _words(numbers: Sequence[float | Array]) -> UInt32[Array, 'n']:
+def words(numbers: Sequence[float | Array]) -> UInt32[Array, 'n']:
   """Numbers as a struct of C++ has them, floating or whole."""
 
   def word(number: float | Array) -> Array:

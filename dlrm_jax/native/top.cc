@@ -3,9 +3,10 @@
 //
 // Products, packing, lanes and sums are those of dense.cc. A lane goes through its examples slice by slice: forward, then
 // backward, panel by panel; then what the slice adds to the gradients of the kernels. A small batch is one slice of all
-// lanes, and the gradients of its kernels are made in one piece, instead of one for each lane and their sum.
+// lanes, and the gradients of its kernels are made by all of them, instead of one for each lane and their sum.
 
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "dense_core.h"
@@ -20,11 +21,6 @@ namespace {
 using namespace dlrm;
 
 constexpr int kTopWeights = 20, kTopSlice = 21, kTopSums = 22, kTopScratch = 23;  // of the uses of memory of a thread
-
-// Threads at most whose examples make up one slice: its gradients of kernels are cut into about three times as many pieces,
-// and what the others' caches hold is slow to read.
-constexpr int64_t kSharing = 4;
-static_assert(kSharing * kSlice <= kMostLeaves * kLeaf);
 
 // Parts of one piece of memory, each on a line of its own.
 struct Parts {
@@ -52,9 +48,8 @@ struct Call {
   float *gbottom, *gvectors;
   int64_t bottom_rows, columns, examples;
   std::vector<Layer> layers;
-  bool is_slice;  // whether the batch is one slice of all lanes; else each has a slice after another
-  Lanes lanes;
-  int64_t slice_panels, weights_size, slice_size, lane_size;
+  Cut cut;
+  int64_t weights_size, slice_size, lane_size;
   int64_t glogit_kernel, glogit_bias, loss, panel_size;  // where in the sums that each panel has
   int64_t of_panels;                                     // where these are in the sums of a lane
   // Where in the memory of a thread: y of the last layer, [n, 64] by panels; the gradient before a layer's ReLU, likewise;
@@ -64,23 +59,12 @@ struct Call {
   int64_t widest;
 
   int64_t last() const { return layers.back().n; }
-  int64_t slice_words() const { return slice_panels * kPanelWords<T>; }
+  int64_t slice_words() const { return cut.slice_panels * kPanelWords<T>; }
   int64_t h_stride() const { return Stride(slice_words()); }
 };
 
-// Lanes that make no thread do more panels than an even share.
-Lanes EvenLanes(int64_t panels, int64_t threads) {
-  Lanes lanes{panels, 1};
-  auto most = [=](int64_t size) { return Ceil(Ceil(panels, size), threads) * size; };  // panels of a thread
-  while (most(2 * lanes.size) <= Ceil(panels, threads)) lanes.size *= 2;
-  return lanes;
-}
-
 template <typename T>
-void LayOut(Call<T>& call, int64_t threads) {
-  call.is_slice = call.examples <= std::min(threads, kSharing) * kSlice;
-  call.lanes = call.is_slice ? EvenLanes(call.examples / kPanel, threads) : GradientLanes(call.examples, threads);
-  call.slice_panels = call.is_slice ? call.lanes.panels : kSlicePanels;
+void LayOut(Call<T>& call) {
   Parts weights, slice, lane, panel, memory;
   int64_t words = 0;
   call.widest = 0;
@@ -91,7 +75,7 @@ void LayOut(Call<T>& call, int64_t threads) {
     layer.backward = weights.Add(rows * Stride(n_words));
     layer.h = slice.Add(rows * call.h_stride());
     layer.g = slice.Add(RoundUp(layer.n, kPanel) * call.slice_words());
-    layer.gkernel_at = lane.Add(call.is_slice ? 0 : SliceOf::Places(call.lanes.slices()) * layer.k * layer.n);
+    layer.gkernel_at = lane.Add(call.cut.is_slice ? 0 : SliceOf::Places(call.cut.lanes.slices()) * layer.k * layer.n);
     layer.gbias_at = panel.Add(layer.n);
     words = std::max({words, k_words, n_words});
     call.widest = std::max(call.widest, RoundUp(layer.n, 16));
@@ -109,7 +93,7 @@ void LayOut(Call<T>& call, int64_t threads) {
   call.gz = memory.Add(RoundUp(call.layers[0].k, 16) * kPanel);
   call.bias_sums = memory.Add(16 * call.widest);
   call.logit_sums = memory.Add(16 * call.last());
-  call.panel_sums = memory.Add(call.lanes.size * call.panel_size);
+  call.panel_sums = memory.Add(call.cut.lanes.size * call.panel_size);
   call.thread_size = memory.size;
 }
 
@@ -136,7 +120,7 @@ class Lane {
       for (int64_t l = Layers() - 1; l >= 0; --l) {
         for_panels([&](int64_t i, int64_t example) { Backward(l, i, example); });
       }
-      if (call_.is_slice) continue;  // all lanes together make the gradients of its kernels
+      if (call_.cut.is_slice) continue;  // all lanes together make the gradients of its kernels
       const SliceOf which{(start_ - first) / kSlicePanels, start_ + panels == last};
       for (const Layer& layer : call_.layers) {
         KernelGradients(product_, slice_ + layer.h, slice_ + layer.g, call_.slice_words(), panels * kPanelWords<T>, layer.k,
@@ -151,7 +135,7 @@ class Lane {
   float* Floats(int64_t at) { return reinterpret_cast<float*>(memory_ + at); }
   float* OfPanel(int64_t i, int64_t at) { return Floats(call_.panel_sums + (start_ + i - first_) * call_.panel_size + at); }
   // The i-th panel of those at work, in the slice.
-  int64_t InSlice(int64_t i) const { return call_.is_slice ? start_ + i : i; }
+  int64_t InSlice(int64_t i) const { return call_.cut.is_slice ? start_ + i : i; }
   // A row of a panel of what enters a layer or, with the number of layers, of the last one's y.
   T* Activations(int64_t l, int64_t i, int64_t row) {
     if (l == Layers()) return reinterpret_cast<T*>(memory_ + call_.y) + (i * call_.last() + row) * kPanel;
@@ -288,30 +272,14 @@ class Lane {
   const Product<T> product_{};
 };
 
-// A layer, and which 64 of its features.
-struct Piece {
-  const Layer* layer;
-  int64_t first;
-};
-
-std::vector<Piece> PiecesOf(const std::vector<Layer>& layers, int64_t Layer::*features) {
-  std::vector<Piece> pieces;
+// body(layer, i) for each i below count(layer), of all layers.
+template <typename Count, typename Body>
+void ForLayers(ffi::ThreadPool& pool, const std::vector<Layer>& layers, const Count& count, const Body& body) {
+  std::vector<std::pair<const Layer*, int64_t>> pieces;
   for (const Layer& layer : layers) {
-    for (int64_t first = 0; first < layer.*features; first += kPanel) pieces.push_back({&layer, first});
+    for (int64_t i = 0; i < count(layer); ++i) pieces.emplace_back(&layer, i);
   }
-  return pieces;
-}
-
-// The weights as A of the products. Both forms at once: what was just read is read fast.
-template <typename T>
-void PackWeights(ffi::ThreadPool& pool, const std::vector<Layer>& layers, Word* weights) {
-  const std::vector<Piece> pieces = PiecesOf(layers, &Layer::k);
-  ParallelFor(pool, pieces.size(), [&](int64_t i) {
-    const auto& [layer, from] = pieces[i];
-    const int64_t to = std::min(layer->k, from + kPanel);
-    PackRows<T>(layer->kernel, layer->n, from, to, weights + layer->backward);
-    PackTransposed<T>(layer->kernel, layer->k, layer->n, from, to, weights + layer->forward);
-  });
+  ParallelFor(pool, pieces.size(), [&](int64_t i) { body(*pieces[i].first, pieces[i].second); });
 }
 
 // Arguments: the bottom's output [K, B], vectors [B, ...], label, weight, total, logit kernel and bias, then kernel and
@@ -328,22 +296,29 @@ ffi::Error Top(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets
     call.layers.push_back({Data<float>(in(i)), Data<float>(in(i + 1)), out(i - 2), out(i - 1), in(i).dimensions()[0],
                            in(i).dimensions()[1]});
   }
-  LayOut(call, std::max<int64_t>(1, pool.num_threads()));
+  auto pieces = [](const Layer& layer) { return GradientPieces(layer.k, layer.n); };
+  int64_t all_pieces = 0;
+  for (const Layer& layer : call.layers) all_pieces += pieces(layer);
+  call.cut = CutOf(call.examples, std::max<int64_t>(1, pool.num_threads()), all_pieces);
+  LayOut(call);
   Word* weights = Scratch<kTopWeights>(call.weights_size);
-  const Lanes& lanes = call.lanes;
+  const Lanes& lanes = call.cut.lanes;
   float* sums = reinterpret_cast<float*>(Scratch<kTopSums>(lanes.count() * call.lane_size));
-  PackWeights<T>(pool, call.layers, weights);
-  Word* slice = call.is_slice ? Scratch<kTopSlice>(call.slice_size) : nullptr;
+  auto of_rows = [](const Layer& layer) { return Ceil(layer.k, kPanel); };
+  ForLayers(pool, call.layers, of_rows, [&](const Layer& layer, int64_t i) {
+    const int64_t from = i * kPanel, to = std::min(layer.k, from + kPanel);
+    PackRows<T>(layer.kernel, layer.n, from, to, weights + layer.backward);  // both at once: what was just read is read fast
+    PackTransposed<T>(layer.kernel, layer.k, layer.n, from, to, weights + layer.forward);
+  });
+  Word* slice = call.cut.is_slice ? Scratch<kTopSlice>(call.slice_size) : nullptr;
   ParallelFor(pool, lanes.count(), [&](int64_t i) {
     Lane<T> lane(call, weights, slice ? slice : Scratch<kTopSlice>(call.slice_size), sums + i * call.lane_size);
     lane.Run(lanes.First(i), lanes.First(i + 1));
   });
-  if (call.is_slice) {
-    const std::vector<Piece> pieces = PiecesOf(call.layers, &Layer::n);
-    ParallelFor(pool, pieces.size(), [&](int64_t i) {
-      const auto& [layer, n0] = pieces[i];
-      KernelGradient(Product<T>(), slice + layer->h, slice + layer->g, call.slice_words(), call.slice_words(), layer->k,
-                     layer->n, n0, {0, true}, layer->gkernel);
+  if (call.cut.is_slice) {
+    ForLayers(pool, call.layers, pieces, [&](const Layer& layer, int64_t i) {
+      KernelGradient(Product<T>(), slice + layer.h, slice + layer.g, call.slice_words(), call.slice_words(), layer.k, layer.n, i,
+                     {0, true}, layer.gkernel);
     });
   } else {
     for (const Layer& layer : call.layers) {
