@@ -253,9 +253,10 @@ inline Lanes EvenLanes(int64_t panels, int64_t threads) {
 constexpr int64_t kSharing = 4;
 static_assert(kSharing * kSlice <= kMostLeaves * kLeaf);
 
-// How the batch of a call that makes gradients of kernels is cut. A small one is one slice of all lanes, and its gradients are
-// made piece by piece, by all threads, if these are enough. Of a larger one each lane has slices, one after another, and gradients of its own, which
-// are sums of whole leaves. They cost writing and adding, so there are more than one a thread only where there is much to do.
+// How the batch of a call that makes gradients of kernels is cut. A small one is one slice of all lanes, and its gradients
+// are made piece by piece, by all threads, if there are pieces enough. Of a larger one each lane has slices, one after
+// another, and gradients of its own, which are sums of whole leaves. They cost writing and adding, so there are more than one
+// a thread only where there is much to do.
 struct Cut {
   bool is_slice;
   Lanes lanes;

@@ -317,8 +317,8 @@ ffi::Error Top(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets
   });
   if (call.cut.is_slice) {
     ForLayers(pool, call.layers, pieces, [&](const Layer& layer, int64_t i) {
-      KernelGradient(Product<T>(), slice + layer.h, slice + layer.g, call.slice_words(), call.slice_words(), layer.k, layer.n, i,
-                     {0, true}, layer.gkernel);
+      KernelGradient(Product<T>(), slice + layer.h, slice + layer.g, call.slice_words(), call.slice_words(), layer.k,
+                     layer.n, i, {0, true}, layer.gkernel);
     });
   } else {
     for (const Layer& layer : call.layers) {
