@@ -11,7 +11,6 @@ Milliseconds of one batch for each part alone, compiled by itself and waited for
   batch is asked for.
 """
 
-import dataclasses
 import functools
 import statistics
 import sys
@@ -53,13 +52,16 @@ def of_step(program: Any, state: Any, batches: Sequence[Any], seconds: float) ->
 
   embeddings = program.embeddings
   look = jax.jit(lambda tables, batch: embeddings.lookup(tables, embeddings.find(state.known, batch)))
-  gradients = lambda program, state, vectors, batch: step.gradients(program, state, vectors, batch, batch.weight.sum())
+  both = jax.jit(lambda state, vectors, batch: step.gradients(program, state, vectors, batch, batch.weight.sum()))
   # A top that is one kernel (native/top.cc) makes its gradients with the loss: forward alone is what its layers take.
-  in_layers = program.model.clone(kernels=program.model.kernels._replace(cat_loss=None))
-  in_layers = dataclasses.replace(program, model=in_layers)
-  # What does not depend on the backward pass alone: XLA drops the rest.
-  forward = jax.jit(lambda *arguments: gradients(in_layers, *arguments)[::2])
-  both = jax.jit(functools.partial(gradients, program))
+  model = program.model.clone(kernels=program.model.kernels._replace(cat_loss=None))
+
+  @jax.jit
+  def forward(state: Any, vectors: Any, batch: Any) -> Any:
+    variables = {'params': state.params, 'batch_stats': state.batch_stats}
+    apply = functools.partial(model.apply, variables, mutable=['batch_stats'])
+    bottom, statistics = apply(batch.dense, batch.weight, True, method='bottom')
+    return apply(bottom, vectors, batch.label, batch.weight, batch.weight.sum(), method='loss')[0], statistics
 
   def optimize(gradient: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
     params, opt_state = program.update_parameters(gradient, opt_state, params)
