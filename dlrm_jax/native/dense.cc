@@ -6,8 +6,8 @@
 //   forward          C = y      A = W^T                 B = h, a panel of 64 examples
 //   gradient of h    C = gh     A = W                   B = g, a panel of 64 examples
 //   gradient of W    C = gW     A = h, a slice          B = g^T, a panel of 64 features; sums over slices of examples
-// A batch is cut into lanes of whole panels, and a thread does all of a lane, since what another core has just written is
-// slow to read. What lanes share is summed as packing.h says: results do not depend on how many threads there are.
+// A batch is cut into lanes of whole panels, and a thread does all of a lane. Sums over examples are made as packing.h says:
+// results do not depend on how many threads there are.
 
 #include "dense_core.h"
 #include "packing.h"
@@ -67,67 +67,46 @@ ffi::Error Forward(ffi::ThreadPool pool, ffi::AnyBuffer kernel, ffi::AnyBuffer b
   return ffi::Error::Success();
 }
 
-template <typename T>
+template <typename Stored>
 struct BackwardCall {
   const float *weight, *gsum, *gsquare;
-  const T *h, *y, *gy;
-  T* gh;
+  const Stored *h, *y, *gy;
+  Stored* gh;
   int64_t k, n, examples;
-  Cut cut;
   const Word* a;  // W, in words along n
+  // Of a slice, for which there is room: h, [k, words of examples], and g^T, by 64 features.
+  int64_t slice_words;
+  Word *slice_h, *slice_g;
+  float* gbiases;  // of each panel, [n]
 };
 
-// What a slice holds for the gradient of the kernel: words along its examples.
-struct SliceMemory {
-  int64_t words;
-  Word* h;  // [k, words]
-  Word* g;  // g^T, by 64 features: [words, 64]
-
-  template <typename T>
-  static SliceMemory Of(const BackwardCall<T>& in) {
-    const int64_t words = in.cut.slice_panels * kPanelWords<Operand<T>>;
-    return {words, Scratch<3>(RoundUp(in.k, Product<Operand<T>>::kRowStep) * Stride(words)),
-            Scratch<4>(RoundUp(in.n, kPanel) * words)};
-  }
-};
-
-// The panels [first, last): gh, and what they add to the gradients of the bias and, where lanes have slices of their own, of
-// the kernel, for which there are SliceOf::Places.
+// Some panels of a slice: gh, and what they add to the gradients of the bias and of the kernel.
 template <typename Stored, bool WithMoments>
-void BackwardLane(const BackwardCall<Stored>& in, const SliceMemory& memory, int64_t first, int64_t last, float* gkernel,
-                  float* gbias) {
+void BackwardLane(const BackwardCall<Stored>& in, const Slice& slice, int64_t first, int64_t last) {
   using T = Operand<Stored>;
   const int64_t k = in.k, n = in.n, examples = in.examples, words = WordsOf<T>(n);
-  Word* packed = Scratch<1>(kPanel * words);                                    // g of a panel: words along n, examples
-  float* sums = reinterpret_cast<float*>(Scratch<2>((16 + last - first) * n));  // gradient of the bias
-  float* of_panels = sums + 16 * n;                                             // the same, of each
-  T* g = reinterpret_cast<T*>(Scratch<5>(RoundUp(n, 16) * kPanelWords<T>));     // before the ReLU, of a panel
+  Word* packed = Scratch<1>(kPanel * words);                                 // g of a panel: words along n, examples
+  float* sums = reinterpret_cast<float*>(Scratch<2>(16 * n));                // gradient of the bias
+  T* g = reinterpret_cast<T*>(Scratch<3>(RoundUp(n, 16) * kPanelWords<T>));  // before the ReLU, of a panel
   const Product<T> product;
-  for (int64_t start = first; start < last; start += kSlicePanels) {
-    const int64_t slice = std::min(kSlicePanels, last - start);
-    for (int64_t i = 0; i < slice; ++i) {
-      const int64_t example = (start + i) * kPanel, in_slice = in.cut.is_slice ? start + i : i;
-      for (int64_t row = 0; row < n; ++row) {
-        const int64_t at = row * examples + example;
-        ReluGradient<Stored, T, WithMoments>(in.gy + at, in.y + at, in.weight + example, in.gsum[row], 2 * in.gsquare[row],
-                                     g + row * kPanel, sums + 16 * row);
-      }
-      SumRows(sums, n, of_panels + (start + i - first) * n);
-      PackPanel<T>(g, kPanel, n, words, packed);
-      TransposePanel(g, n, in_slice, memory.g, memory.words);
-      for (int64_t row = 0; row < k; ++row) {
-        Word* to = memory.h + row * Stride(memory.words) + in_slice * kPanelWords<T>;
-        CopyRow(in.h + row * examples + example, reinterpret_cast<T*>(to));
-      }
-      ForRowsOfProduct(product, in.a, words, packed, k, [&](int64_t row, const float* c) {
-        ConvertRow(c, in.gh + row * examples + example);
-      });
+  for (int64_t panel = first; panel < last; ++panel) {
+    const int64_t example = panel * kPanel, in_slice = panel - slice.first;
+    for (int64_t row = 0; row < n; ++row) {
+      const int64_t at = row * examples + example;
+      ReluGradient<Stored, T, WithMoments>(in.gy + at, in.y + at, in.weight + example, in.gsum[row], 2 * in.gsquare[row],
+                                           g + row * kPanel, sums + 16 * row);
     }
-    if (in.cut.is_slice) continue;  // all lanes together make the gradient of its kernel
-    const SliceOf which{(start - first) / kSlicePanels, start + slice == last};
-    KernelGradients(product, memory.h, memory.g, memory.words, slice * kPanelWords<T>, k, n, which, gkernel);
+    SumRows(sums, n, in.gbiases + panel * n);
+    PackPanel<T>(g, kPanel, n, words, packed);
+    TransposePanel(g, n, in_slice, in.slice_g, in.slice_words);
+    for (int64_t row = 0; row < k; ++row) {
+      Word* to = in.slice_h + row * Stride(in.slice_words) + in_slice * kPanelWords<T>;
+      CopyRow(in.h + row * examples + example, reinterpret_cast<T*>(to));
+    }
+    ForRowsOfProduct(product, in.a, words, packed, k, [&](int64_t row, const float* c) {
+      ConvertRow(c, in.gh + row * examples + example);
+    });
   }
-  SumTerms(of_panels, last - first, n, n, gbias);
 }
 
 template <typename Stored>
@@ -137,30 +116,29 @@ ffi::Error Backward(ffi::ThreadPool pool, ffi::AnyBuffer kernel, ffi::AnyBuffer 
                     ffi::Result<ffi::AnyBuffer> gh, bool with_moments) {
   using T = Operand<Stored>;
   const int64_t k = kernel.dimensions()[0], n = kernel.dimensions()[1], examples = h.dimensions()[1];
-  Word* a = Scratch<0>(RoundUp(k, Product<T>::kRowStep) * Stride(WordsOf<T>(n)));
+  const int64_t padded_k = RoundUp(k, Product<T>::kRowStep);
+  Word* a = Scratch<0>(padded_k * Stride(WordsOf<T>(n)));
   ForRowsOfWeights(pool, k, [&](int64_t from, int64_t to) { PackRows<T>(Data<float>(kernel), n, from, to, a); });
-  const Cut cut = CutOf(examples, std::max<int64_t>(1, pool.num_threads()), GradientPieces(k, n));
+  const Slices slices(examples, pool.num_threads());
+  const Pieces pieces(k, n, slices.threads);
+  const int64_t slice_words = slices.size * kPanelWords<T>;
   const BackwardCall<Stored> in{
       Data<float>(weight), Data<float>(gsum), Data<float>(gsquare),
-      Data<Stored>(h), Data<Stored>(y), Data<Stored>(gy), Data<Stored>(*gh), k, n, examples, cut, a};
-  const Lanes& lanes = cut.lanes;
-  const int64_t of_lane = cut.is_slice ? 0 : SliceOf::Places(lanes.slices()) * k * n;
-  float* gkernels = reinterpret_cast<float*>(Scratch<6>(lanes.count() * (of_lane + n)));
-  float* gbiases = gkernels + lanes.count() * of_lane;
-  const SliceMemory shared = SliceMemory::Of(in);
-  ParallelFor(pool, lanes.count(), [&](int64_t lane) {
-    auto* run = with_moments ? BackwardLane<Stored, true> : BackwardLane<Stored, false>;
-    run(in, cut.is_slice ? shared : SliceMemory::Of(in), lanes.First(lane), lanes.First(lane + 1), gkernels + lane * of_lane,
-        gbiases + lane * n);
-  });
-  SumTerms(gbiases, lanes.count(), n, n, Data<float>(*gbias));
-  if (cut.is_slice) {
-    ParallelFor(pool, GradientPieces(k, n), [&](int64_t i) {
-      KernelGradient(Product<T>(), shared.h, shared.g, shared.words, shared.words, k, n, i, {0, true}, Data<float>(*gkernel));
+      Data<Stored>(h), Data<Stored>(y), Data<Stored>(gy), Data<Stored>(*gh),
+      k, n, examples, a,
+      slice_words, Scratch<4>(padded_k * Stride(slice_words)), Scratch<5>(RoundUp(n, kPanel) * slice_words),
+      reinterpret_cast<float*>(Scratch<6>(slices.panels * n))};
+  float* waiting = reinterpret_cast<float*>(Scratch<7>(slices.waiting() * k * n));
+  auto* run = with_moments ? BackwardLane<Stored, true> : BackwardLane<Stored, false>;
+  auto lane = [&](const Slice& slice, int64_t first, int64_t last) { run(in, slice, first, last); };
+  ForSlices(pool, slices, lane, [&](const Slice& slice) {
+    const int64_t words = (slice.last - slice.first) * kPanelWords<T>;
+    ParallelFor(pool, pieces.count(), [&](int64_t piece) {
+      KernelGradient(Product<T>(), in.slice_h, in.slice_g, slice_words, words, pieces, piece, slice, Data<float>(*gkernel),
+                     waiting);
     });
-  } else {
-    SumKernelGradients(pool, gkernels, lanes.count(), of_lane, k * n, Data<float>(*gkernel));
-  }
+  });
+  SumTerms(in.gbiases, slices.panels, n, n, Data<float>(*gbias));
   return ffi::Error::Success();
 }
 

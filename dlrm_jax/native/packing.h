@@ -1,14 +1,13 @@
 // What the kernels of the layers share: how weights and activations are packed for the product of dense_core.h, the three
-// products that they make with them, and how lanes of examples are cut and what they add up is summed.
+// products that they make with them, and how a batch is cut for the threads and what they add up is summed.
 
 #ifndef DLRM_JAX_NATIVE_PACKING_H_
 #define DLRM_JAX_NATIVE_PACKING_H_
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
-#include <utility>
 
 #include "dense_core.h"
 #include "parallel.h"
@@ -21,7 +20,6 @@ constexpr int64_t kSlice = 512;  // examples of a slice: its h and g^T stay in t
 constexpr int64_t kSlicePanels = kSlice / kPanel;
 constexpr int64_t kBlock = 96;   // rows of C that are made at a time: a multiple of 6 and of 32
 constexpr int64_t kLeaf = 128;   // examples of a kernel's gradient that are summed one after another: a leaf of the tree
-constexpr int64_t kLeafPanels = kLeaf / kPanel;
 constexpr int64_t kLanes = 4;    // for each thread, so that one that is held up is helped
 
 template <typename T>
@@ -117,8 +115,6 @@ void ForRowsOfProduct(const Product<T>& product, const Word* a, int64_t words, c
 
 template <typename T>
 constexpr int64_t kPanelWords = kPanel / kPerWord<T>;
-template <typename T>
-constexpr int64_t kSliceWords = kSlice / kPerWord<T>;
 
 // ---- Sums over examples. They are made as a tree: what is added up in one place, a leaf or a panel, is paired with its
 // neighbor, pairs with neighbors are paired, and so on; what has no neighbor waits. So aligned stretches of 1, 2, 4, ...
@@ -183,102 +179,90 @@ void ProductOfLeaves(const Product<T>& product, const Word* a, int64_t lda, cons
   AddTo(c, right, rows * kPanel);
 }
 
-// Which of a lane's slices this is: of a tree over slices, sums that wait for their neighbor lie in places of their own.
-struct SliceOf {
-  int64_t number;  // of those before
-  bool is_last;
-
-  // Places for the sums of a lane of so many slices. The last slice leaves the sum of all in the first.
-  static int64_t Places(int64_t slices) { return std::max<int64_t>(1, Depth(slices) - 1); }
-};
-
-// A kernel's gradient is made in pieces of so many rows and 64 columns, all pieces of some columns one after another.
-constexpr int64_t kPieceRows = 2 * kBlock;
-inline int64_t GradientPieces(int64_t k, int64_t n) { return Ceil(k, kPieceRows) * Ceil(n, kPanel); }
-
-// A piece of the gradient of a kernel, [k, n], by the first `words` of h, [k, words of examples], and g^T of a slice, which
-// have room for `slice_words`. `sums` are a lane's, [places, k, n].
-template <typename T>
-void KernelGradient(const Product<T>& product, const Word* h, const Word* g, int64_t slice_words, int64_t words, int64_t k,
-                    int64_t n, int64_t piece, SliceOf slice, float* sums) {
-  const int64_t n0 = piece / Ceil(k, kPieceRows) * kPanel, k0 = piece % Ceil(k, kPieceRows) * kPieceRows;
-  const int64_t columns = std::min(kPanel, n - n0), ld = Stride(slice_words);
-  for (int64_t first = k0; first < std::min(k, k0 + kPieceRows); first += kBlock) {
-    const int64_t rows = std::min(kBlock, k - first);
-    alignas(64) float c[Depth(kMostLeaves) * kBlock * kPanel];
-    ProductOfLeaves(product, h + first * ld, ld, g + n0 * slice_words, words, rows, c);
-    float* place = sums + first * n + n0;
-    for (int64_t before = slice.number; slice.is_last ? before : before & 1; before /= 2, place += k * n) {
-      for (int64_t r = 0; before & 1 && r < rows; ++r) AddTo(c + r * kPanel, place + r * n, columns);
-    }
-    if (slice.is_last) place = sums + first * n + n0;
-    for (int64_t r = 0; r < rows; ++r) std::memcpy(place + r * n, c + r * kPanel, columns * sizeof(float));
-  }
-}
-
-// The same, of all pieces.
-template <typename T>
-void KernelGradients(const Product<T>& product, const Word* h, const Word* g, int64_t slice_words, int64_t words, int64_t k,
-                     int64_t n, SliceOf slice, float* sums) {
-  for (int64_t piece = 0; piece < GradientPieces(k, n); ++piece) {
-    KernelGradient(product, h, g, slice_words, words, k, n, piece, slice, sums);
-  }
-}
-
 // Lanes: stretches of 1, 2, 4, ... panels, in each of which sums are those of a tree, see above. The last may have less.
 struct Lanes {
   int64_t panels, size;
 
   int64_t count() const { return Ceil(panels, size); }
   int64_t First(int64_t lane) const { return std::min(panels, lane * size); }
-  int64_t slices() const { return Ceil(size, kSlicePanels); }  // of a lane
 };
 
 // As large as they may be if there are to be so many.
-inline Lanes LanesOf(int64_t panels, int64_t wanted, int64_t least = 1) {
-  Lanes lanes{panels, least};
+inline Lanes LanesOf(int64_t panels, int64_t wanted) {
+  Lanes lanes{panels, 1};
   while (lanes.size < panels && Ceil(panels, 2 * lanes.size) >= wanted) lanes.size *= 2;
   return lanes;
 }
 
-// Lanes that make no thread do more panels than an even share.
-inline Lanes EvenLanes(int64_t panels, int64_t threads) {
-  Lanes lanes{panels, 1};
-  auto most = [=](int64_t size) { return Ceil(Ceil(panels, size), threads) * size; };  // panels of a thread
-  while (most(2 * lanes.size) <= Ceil(panels, threads)) lanes.size *= 2;
-  return lanes;
-}
+// ---- Gradients of kernels, [k, n]. The batch is done slice by slice. Of each the threads take lanes of panels, which leave h,
+// [k, words of examples], and g^T, by 64 features, in memory that all share; then they take pieces of the gradients.
 
-// Threads at most whose examples make up one slice: what the others' caches hold is slow to read.
-constexpr int64_t kSharing = 4;
+constexpr int64_t kSharing = 4;  // threads at most for which a slice is larger: what the others' caches hold is slow to read
 static_assert(kSharing * kSlice <= kMostLeaves * kLeaf);
 
-// How the batch of a call that makes gradients of kernels is cut. A small one is one slice of all lanes, and its gradients
-// are made piece by piece, by all threads, if there are pieces enough. Of a larger one each lane has slices, one after
-// another, and gradients of its own, which are sums of whole leaves. They cost writing and adding, so there are more than one
-// a thread only where there is much to do.
-struct Cut {
-  bool is_slice;
-  Lanes lanes;
-  int64_t slice_panels;
+struct Slices {
+  int64_t panels, threads, size;  // of the batch; those of the pool; panels of a slice, whole leaves of a tree, or all
+
+  Slices(int64_t examples, int64_t all_threads)
+      : panels(examples / kPanel), threads(std::max<int64_t>(1, all_threads)), size(kSlicePanels) {
+    while (2 * size <= std::min(threads, kSharing) * kSlicePanels) size *= 2;
+    size = std::min(size, panels);
+  }
+  int64_t count() const { return size ? Ceil(panels, size) : 1; }
+  // Sums of the tree over slices that wait for their neighbor lie in so many places besides that of the result.
+  int64_t waiting() const { return std::max<int64_t>(0, Depth(count()) - 2); }
 };
 
-inline Cut CutOf(int64_t examples, int64_t threads, int64_t pieces) {
-  const int64_t panels = examples / kPanel, own = std::min(threads, Ceil(examples, kLeaf));
-  const bool is_small = examples <= std::min(threads, kSharing) * kSlice;
-  if (is_small && pieces >= 2 * own) return {true, EvenLanes(panels, threads), panels};
-  const int64_t wanted = std::max(threads, std::min(kLanes * threads, examples / kSlice));
-  return {false, LanesOf(panels, wanted, kLeafPanels), kSlicePanels};
+struct Slice {
+  int64_t number, first, last;  // of those before; its panels
+  bool is_last;
+};
+
+// lane(slice, first panel, last panel) for the lanes of a slice, then end(slice), slice after slice.
+template <typename OfLane, typename End>
+void ForSlices(xla::ffi::ThreadPool& pool, const Slices& slices, const OfLane& lane, const End& end) {
+  for (int64_t i = 0; i < slices.count(); ++i) {
+    const Slice slice{i, i * slices.size, std::min(slices.panels, (i + 1) * slices.size), i + 1 == slices.count()};
+    const int64_t panels = slice.last - slice.first;
+    const Lanes lanes = slices.threads > 1 ? LanesOf(panels, kLanes * slices.threads) : Lanes{panels, panels};
+    ParallelFor(pool, panels ? lanes.count() : 0, [&](int64_t which) {
+      lane(slice, slice.first + lanes.First(which), slice.first + lanes.First(which + 1));
+    });
+    end(slice);
+  }
 }
 
-// gkernel, of `size` numbers, <- the sum over the lanes of theirs, which lie `ld` numbers apart.
-inline void SumKernelGradients(xla::ffi::ThreadPool& pool, const float* in, int64_t lanes, int64_t ld, int64_t size,
-                               float* gkernel) {
-  constexpr int64_t kPiece = 1 << 15;
-  ParallelFor(pool, Ceil(size, kPiece), [&](int64_t i) {
-    const int64_t at = i * kPiece;
-    SumTerms(in + at, lanes, ld, std::min(kPiece, size - at), gkernel + at);
-  });
+// A gradient in pieces of some rows and 64 columns, all pieces of the same columns one after another.
+struct Pieces {
+  int64_t k, n, rows;
+
+  Pieces(int64_t k, int64_t n, int64_t threads) : k(k), n(n), rows(2 * kBlock) {
+    if (count() < 2 * threads) rows = kBlock;
+    if (count() < 2 * threads) rows = kBlock / 3;
+  }
+  int64_t count() const { return Ceil(k, rows) * Ceil(n, kPanel); }
+};
+
+// A piece of the gradient, by what a slice holds: `words` of examples, where there is room for more. `waiting` are the
+// Slices::waiting places, [k, n] each.
+template <typename T>
+void KernelGradient(const Product<T>& product, const Word* h, const Word* g, int64_t room, int64_t words,
+                    const Pieces& pieces, int64_t piece, const Slice& slice, float* gkernel, float* waiting) {
+  const int64_t k = pieces.k, n = pieces.n, of_columns = Ceil(k, pieces.rows), ld = Stride(room);
+  const int64_t n0 = piece / of_columns * kPanel, k0 = piece % of_columns * pieces.rows, columns = std::min(kPanel, n - n0);
+  for (int64_t first = k0; first < std::min(k, k0 + pieces.rows); first += kBlock) {
+    const int64_t rows = std::min({kBlock, pieces.rows, k - first});
+    alignas(64) float c[Depth(kMostLeaves) * kBlock * kPanel];
+    ProductOfLeaves(product, h + first * ld, ld, g + n0 * room, words, rows, c);
+    // What has no neighbor yet waits, that of 1, 2, 4, ... slices in a place of its own.
+    auto place = [&](int64_t i) { return (i ? waiting + (i - 1) * k * n : gkernel) + first * n + n0; };
+    int64_t at = 0;
+    for (int64_t before = slice.number; slice.is_last ? before : before & 1; before /= 2, ++at) {
+      for (int64_t r = 0; before & 1 && r < rows; ++r) AddTo(c + r * kPanel, place(at) + r * n, columns);
+    }
+    float* to = place(slice.is_last ? 0 : at);
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(to + r * n, c + r * kPanel, columns * sizeof(float));
+  }
 }
 
 }  // namespace dlrm

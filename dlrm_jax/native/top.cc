@@ -1,9 +1,8 @@
 // The top of the network in one pass: from the bottom MLP's output and the vectors, joined as by `cat`, through the top MLP
 // to the loss, and back to all of its gradients. What is between never leaves the caches of the core that makes it.
 //
-// Products, packing, lanes and sums are those of dense.cc. A lane goes through its examples slice by slice: forward, then
-// backward, panel by panel; then what the slice adds to the gradients of the kernels. A small batch is one slice of all
-// lanes, and the gradients of its kernels are made by all of them, instead of one for each lane and their sum.
+// Products, packing, slices and sums are those of dense.cc. A thread takes some panels of a slice through all layers forward,
+// and back.
 
 #include <cmath>
 #include <utility>
@@ -36,9 +35,10 @@ struct Layer {
   const float *kernel, *bias;  // [k, n], [n]
   float *gkernel, *gbias;
   int64_t k, n;
-  int64_t forward, backward;     // where in the packed weights: W^T and W
-  int64_t h, g;                  // in the memory of a slice: h, [k, its examples], and g^T, by 64 features
-  int64_t gkernel_at, gbias_at;  // in the sums of a lane, and among those that each panel has, too
+  Pieces pieces;              // of gkernel
+  int64_t forward, backward;  // where in the packed weights: W^T and W
+  int64_t h, g;               // in the memory of a slice: h, [k, its examples], and g^T, by 64 features
+  int64_t waiting, sums;      // among the sums of slices; among those of a panel: gbias
 };
 
 template <typename T>
@@ -48,24 +48,22 @@ struct Call {
   float *gbottom, *gvectors;
   int64_t bottom_rows, columns, examples;
   std::vector<Layer> layers;
-  Cut cut;
-  int64_t weights_size, slice_size, lane_size;
-  int64_t glogit_kernel, glogit_bias, loss, panel_size;  // where in the sums that each panel has
-  int64_t of_panels;                                     // where these are in the sums of a lane
+  Slices slices;
+  int64_t weights_size, slice_size, waiting_size;
+  int64_t glogit_kernel, glogit_bias, loss, sums_size;  // where in the sums that each panel has
   // Where in the memory of a thread: y of the last layer, [n, 64] by panels; the gradient before a layer's ReLU, likewise;
-  // packed panel; gradient of the vectors of a panel; what makes up the gradient of a bias, and of the logit kernel; the sums
-  // of each panel of a lane.
-  int64_t y, g, packed, gz, bias_sums, logit_sums, panel_sums, thread_size;
+  // packed panel; gradient of the vectors of a panel; what makes up the gradient of a bias, and of the logit kernel.
+  int64_t y, g, packed, gz, bias_sums, logit_sums, thread_size;
   int64_t widest;
 
   int64_t last() const { return layers.back().n; }
-  int64_t slice_words() const { return cut.slice_panels * kPanelWords<T>; }
+  int64_t slice_words() const { return slices.size * kPanelWords<T>; }
   int64_t h_stride() const { return Stride(slice_words()); }
 };
 
 template <typename T>
 void LayOut(Call<T>& call) {
-  Parts weights, slice, lane, panel, memory;
+  Parts weights, slice, waiting, panel, memory;
   int64_t words = 0;
   call.widest = 0;
   for (Layer& layer : call.layers) {
@@ -75,71 +73,56 @@ void LayOut(Call<T>& call) {
     layer.backward = weights.Add(rows * Stride(n_words));
     layer.h = slice.Add(rows * call.h_stride());
     layer.g = slice.Add(RoundUp(layer.n, kPanel) * call.slice_words());
-    layer.gkernel_at = lane.Add(call.cut.is_slice ? 0 : SliceOf::Places(call.cut.lanes.slices()) * layer.k * layer.n);
-    layer.gbias_at = panel.Add(layer.n);
+    layer.waiting = waiting.Add(call.slices.waiting() * layer.k * layer.n);
+    layer.sums = panel.Add(layer.n);
     words = std::max({words, k_words, n_words});
     call.widest = std::max(call.widest, RoundUp(layer.n, 16));
   }
   call.glogit_kernel = panel.Add(call.last());
   call.glogit_bias = panel.Add(1);
   call.loss = panel.Add(1);
-  call.weights_size = weights.size, call.slice_size = slice.size;
-  call.panel_size = panel.size;
-  call.of_panels = lane.Add(call.panel_size);
-  call.lane_size = lane.size;
+  call.weights_size = weights.size, call.slice_size = slice.size, call.waiting_size = waiting.size;
+  call.sums_size = panel.size;
   call.y = memory.Add(call.last() * kSlicePanels * kPanelWords<T>);
   call.g = memory.Add(call.widest * kSlicePanels * kPanelWords<T>);
   call.packed = memory.Add(kPanel * words);
   call.gz = memory.Add(RoundUp(call.layers[0].k, 16) * kPanel);
   call.bias_sums = memory.Add(16 * call.widest);
   call.logit_sums = memory.Add(16 * call.last());
-  call.panel_sums = memory.Add(call.cut.lanes.size * call.panel_size);
   call.thread_size = memory.size;
 }
 
-// A lane at work in the memory of its thread.
+// Some panels of a slice, at most kSlicePanels, at work in the memory of a thread.
 template <typename T>
 class Lane {
  public:
-  Lane(const Call<T>& call, const Word* weights, Word* slice, float* sums)
-      : call_(call), weights_(weights), slice_(slice), memory_(Scratch<kTopScratch>(call.thread_size)), sums_(sums) {}
+  Lane(const Call<T>& call, const Word* weights, Word* slice, float* sums, int64_t in_slice)
+      : call_(call), weights_(weights), slice_(slice), memory_(Scratch<kTopScratch>(call.thread_size)), sums_(sums),
+        in_slice_(in_slice) {}
 
-  // The panels [first, last). Layer by layer, so that a layer's weights stay in the second-level cache.
-  void Run(int64_t first, int64_t last) {
-    first_ = first;
-    for (start_ = first; start_ < last; start_ += kSlicePanels) {
-      const int64_t panels = std::min(kSlicePanels, last - start_);
-      auto for_panels = [&](const auto& work) {
-        for (int64_t i = 0; i < panels; ++i) work(i, (start_ + i) * kPanel);
-      };
-      for_panels([&](int64_t i, int64_t example) { Join(i, example); });
-      for (int64_t l = 0; l < Layers(); ++l) {
-        for_panels([&](int64_t i, int64_t) { Forward(l, i); });
-      }
-      for_panels([&](int64_t i, int64_t example) { Loss(i, example); });
-      for (int64_t l = Layers() - 1; l >= 0; --l) {
-        for_panels([&](int64_t i, int64_t example) { Backward(l, i, example); });
-      }
-      if (call_.cut.is_slice) continue;  // all lanes together make the gradients of its kernels
-      const SliceOf which{(start_ - first) / kSlicePanels, start_ + panels == last};
-      for (const Layer& layer : call_.layers) {
-        KernelGradients(product_, slice_ + layer.h, slice_ + layer.g, call_.slice_words(), panels * kPanelWords<T>, layer.k,
-                        layer.n, which, sums_ + layer.gkernel_at);
-      }
+  // The panels from `first` on. Layer by layer, so that a layer's weights stay in the second-level cache.
+  void Run(int64_t first, int64_t panels) {
+    auto for_panels = [&](const auto& work) {
+      for (int64_t i = 0; i < panels; ++i) work(i, (first + i) * kPanel);
+    };
+    for_panels([&](int64_t i, int64_t example) { Join(i, example); });
+    for (int64_t l = 0; l < Layers(); ++l) {
+      for_panels([&](int64_t i, int64_t) { Forward(l, i); });
     }
-    SumTerms(Floats(call_.panel_sums), last - first, call_.panel_size, call_.panel_size, sums_ + call_.of_panels);
+    for_panels([&](int64_t i, int64_t example) { Loss(i, example); });
+    for (int64_t l = Layers() - 1; l >= 0; --l) {
+      for_panels([&](int64_t i, int64_t example) { Backward(l, i, example); });
+    }
   }
 
  private:
   int64_t Layers() const { return call_.layers.size(); }
   float* Floats(int64_t at) { return reinterpret_cast<float*>(memory_ + at); }
-  float* OfPanel(int64_t i, int64_t at) { return Floats(call_.panel_sums + (start_ + i - first_) * call_.panel_size + at); }
-  // The i-th panel of those at work, in the slice.
-  int64_t InSlice(int64_t i) const { return call_.cut.is_slice ? start_ + i : i; }
+  float* OfPanel(int64_t i, int64_t at) { return sums_ + i * call_.sums_size + at; }
   // A row of a panel of what enters a layer or, with the number of layers, of the last one's y.
   T* Activations(int64_t l, int64_t i, int64_t row) {
     if (l == Layers()) return reinterpret_cast<T*>(memory_ + call_.y) + (i * call_.last() + row) * kPanel;
-    return reinterpret_cast<T*>(slice_ + call_.layers[l].h + row * call_.h_stride()) + InSlice(i) * kPanel;
+    return reinterpret_cast<T*>(slice_ + call_.layers[l].h + row * call_.h_stride()) + (in_slice_ + i) * kPanel;
   }
   T* Gradient(int64_t i) { return reinterpret_cast<T*>(memory_ + call_.g) + i * call_.widest * kPanel; }
 
@@ -210,7 +193,7 @@ class Lane {
 
   // Once all rows of a layer's gradient have gone through its ReLU.
   void SumBias(int64_t l, int64_t i) {
-    SumRows(Floats(call_.bias_sums), call_.layers[l].n, OfPanel(i, call_.layers[l].gbias_at));
+    SumRows(Floats(call_.bias_sums), call_.layers[l].n, OfPanel(i, call_.layers[l].sums));
   }
 
   // A row of the gradient by a layer's y, which becomes that before the ReLU.
@@ -228,7 +211,7 @@ class Lane {
   void Backward(int64_t l, int64_t i, int64_t example) {
     const Layer& layer = call_.layers[l];
     const int64_t words = WordsOf<T>(layer.n);
-    TransposePanel(Gradient(i), layer.n, InSlice(i), slice_ + layer.g, call_.slice_words());
+    TransposePanel(Gradient(i), layer.n, in_slice_ + i, slice_ + layer.g, call_.slice_words());
     PackPanel<T>(Gradient(i), kPanel, layer.n, words, memory_ + call_.packed);
     Vector x[kVectors];
     auto use = [&](int64_t row, const float* c) {
@@ -267,8 +250,8 @@ class Lane {
   const Call<T>& call_;
   const Word* weights_;
   Word *slice_, *memory_;
-  float* sums_;
-  int64_t first_ = 0, start_ = 0;
+  float* sums_;             // of its first panel
+  const int64_t in_slice_;  // its first panel
   const Product<T> product_{};
 };
 
@@ -288,50 +271,41 @@ template <typename T>
 ffi::Error Top(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets results) {
   auto in = [&](size_t i) { return *args.get<ffi::AnyBuffer>(i); };
   auto out = [&](size_t i) { return Data<float>(*results.get<ffi::AnyBuffer>(i).value()); };
+  const int64_t examples = in(0).dimensions()[1], vectors_size = in(1).element_count();
+  const Slices slices(examples, pool.num_threads());
   Call<T> call{Data<float>(in(0)), Data<float>(in(1)), Data<float>(in(2)), Data<float>(in(3)), Data<float>(in(5)),
-               *Data<float>(in(6)), *Data<float>(in(4)), out(1), out(2)};
-  call.bottom_rows = in(0).dimensions()[0], call.examples = in(0).dimensions()[1];
-  call.columns = in(1).element_count() / call.examples;
+               *Data<float>(in(6)), *Data<float>(in(4)), out(1), out(2), in(0).dimensions()[0],
+               vectors_size / examples, examples, {}, slices};
   for (size_t i = 7; i < args.size(); i += 2) {
-    call.layers.push_back({Data<float>(in(i)), Data<float>(in(i + 1)), out(i - 2), out(i - 1), in(i).dimensions()[0],
-                           in(i).dimensions()[1]});
+    const int64_t k = in(i).dimensions()[0], n = in(i).dimensions()[1];
+    call.layers.push_back({Data<float>(in(i)), Data<float>(in(i + 1)), out(i - 2), out(i - 1), k, n, {k, n, slices.threads}});
   }
-  auto pieces = [](const Layer& layer) { return GradientPieces(layer.k, layer.n); };
-  int64_t all_pieces = 0;
-  for (const Layer& layer : call.layers) all_pieces += pieces(layer);
-  call.cut = CutOf(call.examples, std::max<int64_t>(1, pool.num_threads()), all_pieces);
   LayOut(call);
-  Word* weights = Scratch<kTopWeights>(call.weights_size);
-  const Lanes& lanes = call.cut.lanes;
-  float* sums = reinterpret_cast<float*>(Scratch<kTopSums>(lanes.count() * call.lane_size));
+  Word *weights = Scratch<kTopWeights>(call.weights_size), *memory = Scratch<kTopSlice>(call.slice_size);
+  float* sums = reinterpret_cast<float*>(Scratch<kTopSums>(slices.panels * call.sums_size + call.waiting_size));
+  float* waiting = sums + slices.panels * call.sums_size;
   auto of_rows = [](const Layer& layer) { return Ceil(layer.k, kPanel); };
   ForLayers(pool, call.layers, of_rows, [&](const Layer& layer, int64_t i) {
     const int64_t from = i * kPanel, to = std::min(layer.k, from + kPanel);
     PackRows<T>(layer.kernel, layer.n, from, to, weights + layer.backward);  // both at once: what was just read is read fast
     PackTransposed<T>(layer.kernel, layer.k, layer.n, from, to, weights + layer.forward);
   });
-  Word* slice = call.cut.is_slice ? Scratch<kTopSlice>(call.slice_size) : nullptr;
-  ParallelFor(pool, lanes.count(), [&](int64_t i) {
-    Lane<T> lane(call, weights, slice ? slice : Scratch<kTopSlice>(call.slice_size), sums + i * call.lane_size);
-    lane.Run(lanes.First(i), lanes.First(i + 1));
-  });
-  if (call.cut.is_slice) {
-    ForLayers(pool, call.layers, pieces, [&](const Layer& layer, int64_t i) {
-      KernelGradient(Product<T>(), slice + layer.h, slice + layer.g, call.slice_words(), call.slice_words(), layer.k,
-                     layer.n, i, {0, true}, layer.gkernel);
-    });
-  } else {
-    for (const Layer& layer : call.layers) {
-      SumKernelGradients(pool, sums + layer.gkernel_at, lanes.count(), call.lane_size, layer.k * layer.n, layer.gkernel);
-    }
-  }
-  auto sum = [&](int64_t at, int64_t n, float* out) {
-    SumTerms(sums + call.of_panels + at, lanes.count(), call.lane_size, n, out);
+  auto lane = [&](const Slice& slice, int64_t first, int64_t last) {
+    Lane<T>(call, weights, memory, sums + first * call.sums_size, first - slice.first).Run(first, last - first);
   };
+  ForSlices(pool, slices, lane, [&](const Slice& slice) {
+    const int64_t words = (slice.last - slice.first) * kPanelWords<T>;
+    auto pieces = [](const Layer& layer) { return layer.pieces.count(); };
+    ForLayers(pool, call.layers, pieces, [&](const Layer& layer, int64_t i) {
+      KernelGradient(Product<T>(), memory + layer.h, memory + layer.g, call.slice_words(), words, layer.pieces, i, slice,
+                     layer.gkernel, waiting + layer.waiting);
+    });
+  });
+  auto sum = [&](int64_t at, int64_t n, float* to) { SumTerms(sums + at, slices.panels, call.sums_size, n, to); };
   sum(call.loss, 1, out(0));
   sum(call.glogit_kernel, call.last(), out(3));
   sum(call.glogit_bias, 1, out(4));
-  for (const Layer& layer : call.layers) sum(layer.gbias_at, layer.n, layer.gbias);
+  for (const Layer& layer : call.layers) sum(layer.sums, layer.n, layer.gbias);
   return ffi::Error::Success();
 }
 
