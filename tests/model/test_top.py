@@ -127,7 +127,7 @@ import jax, numpy as np
 from dlrm_jax.native import build
 from tests.model import test_top as t
 build.load()
-shape = (16, 26, 16, (128, 64), 1600)  # with five threads one slice of all, with two lanes
+shape = (16, 26, 16, (128, 64), 2112)  # 5 slices with one thread, 3 with two, 2 with more
 for dtype in ('float32', 'bfloat16'):
   for _ in range(10):
     found = t.loss_and_gradients(t.NATIVE, shape, dtype, t.operands(shape))
