@@ -32,6 +32,11 @@ ffi::Error Update(ffi::ThreadPool pool, ffi::Buffer<ffi::U32> numbers, ffi::Rema
   Rule rule;
   if (ffi::Error error = SetNumbers(numbers, rule); error.failure()) return error;
   const size_t parameters = args.size() / (1 + kTables<Rule>);
+  for (size_t i = 0; i < results.size(); ++i) {
+    if (args.get<ffi::AnyBuffer>(parameters + i)->untyped_data() != (*results.get<ffi::AnyBuffer>(i))->untyped_data()) {
+      return ffi::Error::Internal("a parameter was not given in place");
+    }
+  }
   auto table = [&](size_t parameter, size_t t) { return **results.get<ffi::AnyBuffer>(t * parameters + parameter); };
   auto width = [&](size_t parameter) -> int64_t {
     const int64_t size = table(parameter, 0).element_count();
@@ -41,12 +46,6 @@ ffi::Error Update(ffi::ThreadPool pool, ffi::Buffer<ffi::U32> numbers, ffi::Rema
   for (size_t i = 0; i < parameters; ++i) {
     const int64_t rows = table(i, 0).element_count() / width(i), step = std::max<int64_t>(1, kPiece / width(i));
     for (int64_t first = 0; first < rows; first += step) pieces.push_back({i, first, std::min(rows, first + step)});
-    for (size_t t = 0; t < kTables<Rule>; ++t) {
-      const ffi::AnyBuffer before = *args.get<ffi::AnyBuffer>((1 + t) * parameters + i), now = table(i, t);
-      if (before.untyped_data() != now.untyped_data()) {
-        std::memcpy(now.untyped_data(), before.untyped_data(), before.size_bytes());
-      }
-    }
   }
   ParallelFor(pool, pieces.size(), [&](int64_t i) {
     const auto [parameter, first, last] = pieces[i];

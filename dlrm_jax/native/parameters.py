@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from dlrm_jax.native.rows import words
+from dlrm_jax.native.rows import in_place, words
 
 
 def native_update(rule: str, numbers: Sequence[float | Array], gradient: Any, params: Any, slots: Sequence[Any]) -> Any:
@@ -19,11 +19,5 @@ def native_update(rule: str, numbers: Sequence[float | Array], gradient: Any, pa
     params: a tree of float32.
     slots: trees like it.
   """
-  leaves, tree = jax.tree.flatten((params, *slots))
   before = [words(numbers), *jax.tree.leaves(gradient)]
-  same = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-  aliases = {len(before) + place: place for place in range(len(leaves))}
-  params, *slots = tree.unflatten(
-    jax.ffi.ffi_call(f'dlrm_parameters_{rule}', same, input_output_aliases=aliases)(*before, *leaves)
-  )
-  return params, slots
+  return in_place(f'dlrm_parameters_{rule}', before, (params, slots))

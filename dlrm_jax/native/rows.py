@@ -74,7 +74,7 @@ def native_read(tables: Any, row: Int32[Array, '...']) -> Any:
 
 def native_write(tables: Any, row: Int32[Array, 'K'], new: Any) -> Any:
   """See `RowKernels.write`."""
-  return _in_place('dlrm_rows_scatter', (row,), tables, jax.tree.leaves(new))
+  return in_place('dlrm_rows_scatter', (row,), tables, jax.tree.leaves(new))
 
 
 def native_merge(
@@ -101,10 +101,10 @@ def native_update(
   leaf: int,
 ) -> Any:
   """See `RowKernels.update`. The result does not depend on the number of threads."""
-  return _in_place(f'dlrm_rows_{rule}', (row, grad, words(numbers), jnp.asarray(l2, jnp.float32)), tables, leaf=leaf)
+  return in_place(f'dlrm_rows_{rule}', (row, grad, words(numbers), jnp.asarray(l2, jnp.float32)), tables, leaf=leaf)
 
 
-def _in_place(target: str, before: Sequence[Array], tables: Any, after: Sequence[Array] = (), **attributes: int) -> Any:
+def in_place(target: str, before: Sequence[Array], tables: Any, after: Sequence[Array] = (), **attributes: int) -> Any:
   """What a kernel, called with the leaves of the tables between other arguments, makes of the tables where they are."""
   leaves, tree = jax.tree.flatten(tables)
   shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]

@@ -19,12 +19,10 @@ def update_parameters(
   if not (native and isinstance(tx, WithRule)):
     updates, state = tx.update(gradient, state, params)
     return optax.apply_updates(params, updates), state
-  is_slot = [jax.tree.structure(field) == jax.tree.structure(params) for field in state]
-  slots = [field for field, is_one in zip(state, is_slot, strict=True) if is_one]
+  is_slot = lambda field: jax.tree.structure(field) == jax.tree.structure(params)
+  slots = {name: field for name, field in state._asdict().items() if is_slot(field)}
   none = lambda tree: jax.tree.map(lambda leaf: leaf.reshape(-1)[:0], tree)
   # Of no numbers at all, all that comes back is how what is no slot advances.
-  without = type(state)(*(none(field) if is_one else field for field, is_one in zip(state, is_slot, strict=True)))
-  _, advanced = tx.update(none(gradient), without, none(params))
-  params, slots = native_update(tx.rule.name, tx.rule.numbers(state), gradient, params, slots)
-  new = iter(slots)
-  return params, type(state)(*(next(new) if is_one else field for field, is_one in zip(advanced, is_slot, strict=True)))
+  _, advanced = tx.update(none(gradient), state._replace(**none(slots)), none(params))
+  params, new = native_update(tx.rule.name, tx.rule.numbers(state), gradient, params, list(slots.values()))
+  return params, advanced._replace(**dict(zip(slots, new, strict=True)))
