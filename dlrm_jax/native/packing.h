@@ -203,8 +203,8 @@ static_assert(kSharing * kSlice <= kMostLeaves * kLeaf);
 struct Slices {
   int64_t panels, threads, size;  // of the batch; those of the pool; panels of a slice, whole leaves of a tree, or all
 
-  Slices(int64_t examples, int64_t all_threads)
-      : panels(examples / kPanel), threads(std::max<int64_t>(1, all_threads)), size(kSlicePanels) {
+  Slices(int64_t panels, int64_t all_threads)
+      : panels(panels), threads(std::max<int64_t>(1, all_threads)), size(kSlicePanels) {
     while (2 * size <= std::min(threads, kSharing) * kSlicePanels) size *= 2;
     size = std::min(size, panels);
   }

@@ -272,7 +272,7 @@ ffi::Error Top(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets
   auto in = [&](size_t i) { return *args.get<ffi::AnyBuffer>(i); };
   auto out = [&](size_t i) { return Data<float>(*results.get<ffi::AnyBuffer>(i).value()); };
   const int64_t examples = in(0).dimensions()[1], vectors_size = in(1).element_count();
-  const Slices slices(examples, pool.num_threads());
+  const Slices slices(examples / kPanel, pool.num_threads());
   Call<T> call{Data<float>(in(0)), Data<float>(in(1)), Data<float>(in(2)), Data<float>(in(3)), Data<float>(in(5)),
                *Data<float>(in(6)), *Data<float>(in(4)), out(1), out(2), in(0).dimensions()[0],
                vectors_size / examples, examples, {}, slices};
