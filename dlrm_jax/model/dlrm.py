@@ -31,9 +31,9 @@ class DLRM(nn.Module):
   def setup(self) -> None:
     dtype = jnp.dtype(self.spec.dtype)
     self.bottom_mlp = MLP(
-      self.spec.bottom_mlp, self.spec.batch_norm, dtype, self.kernels.layer, self.axis, self.spec.reduce_dtype
+      self.spec.bottom_mlp, self.spec.batch_norm, dtype, self.kernels, self.axis, self.spec.reduce_dtype
     )
-    self.top_mlp = MLP(self.spec.top_mlp, dtype=dtype, layer=self.kernels.layer)
+    self.top_mlp = MLP(self.spec.top_mlp, dtype=dtype, kernels=self.kernels)
     self.logit_kernel = self.param('logit_kernel', nn.initializers.glorot_uniform(), (self.spec.top_mlp[-1], 1))
     self.logit_bias = self.param('logit_bias', nn.initializers.zeros, ())
 

@@ -23,6 +23,9 @@ Moments = tuple[Float[Array, 'N'], Float[Array, 'N']]
 Layer = Callable[[Array, Array, Array, Array, DTypeLike, bool], tuple[Array, Moments]]
 # Either form: (f32[R, C], dtype) -> [C, R] in float32, or already in `dtype`, to which the next product will round it.
 Transpose = Callable[[Array, DTypeLike], Array]
+# Either form: (kernel [K, N], bias, scale [K], shift [K]) -> kernel and bias of the layer that makes of h what this one
+# makes of h * scale + shift.
+Fold = Callable[[Array, Array, Array, Array], tuple[Array, Array]]
 # (dtype, the network's parameters, bottom [K, B], vectors [B, F, D], label, weight, total) -> `cross_entropy` of the
 # top MLP's logits with the interaction `cat`.
 CatLoss = Callable[[DTypeLike, Any, Array, Array, Array, Array, Array], Array]
@@ -33,6 +36,7 @@ class LayerKernels(NamedTuple):
 
   layer: Layer
   transpose: Transpose
+  fold: Fold
   cat_loss: CatLoss | None = None  # None: as the other two make it
 
 
@@ -146,6 +150,39 @@ native_transpose.defvjp(
 )
 
 
+def xla_fold(
+  kernel: Float[Array, 'K N'], bias: Float[Array, 'N'], scale: Float[Array, 'K'], shift: Float[Array, 'K']
+) -> tuple[Float[Array, 'K N'], Float[Array, 'N']]:
+  """See `Fold`."""
+  return scale[:, None] * kernel, bias + shift @ kernel
+
+
+@jax.custom_vjp
+def native_fold(
+  kernel: Float[Array, 'K N'], bias: Float[Array, 'N'], scale: Float[Array, 'K'], shift: Float[Array, 'K']
+) -> tuple[Float[Array, 'K N'], Float[Array, 'N']]:
+  """See `Fold`. Needs `native.load()`."""
+  return jax.ffi.ffi_call('dlrm_fold', (_like(kernel), _like(bias)))(kernel, bias, scale, shift)
+
+
+def _fold_backward(
+  saved: tuple[Array, Array, Array], gradient: tuple[Array, Array]
+) -> tuple[Array, Array, Array, Array]:
+  kernel, scale, shift = saved
+  call = jax.ffi.ffi_call('dlrm_fold_backward', (_like(kernel), _like(scale), _like(shift)))
+  of_kernel, of_scale, of_shift = call(kernel, scale, shift, *gradient)
+  return of_kernel, gradient[1], of_scale, of_shift
+
+
+def _like(x: Array) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+native_fold.defvjp(
+  lambda kernel, bias, scale, shift: (native_fold(kernel, bias, scale, shift), (kernel, scale, shift)), _fold_backward
+)
+
+
 def native_cat_loss(
   dtype: DTypeLike,
   params: Any,
@@ -186,5 +223,5 @@ def _cat_loss_backward(_: jnp.dtype, gradients: tuple[Any, ...], cotangent: Arra
 
 _cat_loss.defvjp(_cat_loss_forward, _cat_loss_backward)
 
-XLA = LayerKernels(xla_layer, xla_transpose)
-NATIVE = LayerKernels(native_layer, native_transpose, native_cat_loss)  # needs native.build.load()
+XLA = LayerKernels(xla_layer, xla_transpose, xla_fold)
+NATIVE = LayerKernels(native_layer, native_transpose, native_fold, native_cat_loss)  # needs native.build.load()

@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from dlrm_jax import sums
-from dlrm_jax.model.layers import Layer, Moments, xla_layer
+from dlrm_jax.model.layers import XLA, LayerKernels, Moments
 from dlrm_jax.sharding import ALONE, Axis
 
 BATCH_NORM_MOMENTUM = 0.99
@@ -43,7 +43,7 @@ class MLP(nn.Module):
   sizes: tuple[int, ...]
   batch_norm: bool = False
   dtype: DTypeLike = jnp.float32
-  layer: Layer = xla_layer
+  kernels: LayerKernels = XLA
   axis: Axis = ALONE  # the devices whose examples make up the batch
   reduce_dtype: str = 'float32'  # of gradients on their way between devices
 
@@ -55,9 +55,9 @@ class MLP(nn.Module):
       kernel = self.param(f'kernel_{layer}', nn.initializers.glorot_uniform(), (h.shape[0], size))
       bias = self.param(f'bias_{layer}', nn.initializers.zeros, (size,))
       if scale is not None:
-        kernel, bias = scale[:, None] * kernel, bias + shift @ kernel
+        kernel, bias = self.kernels.fold(kernel, bias, scale, shift)
       kernel, bias = self.axis.to_each((kernel, bias), self.reduce_dtype)
-      h, moments = self.layer(kernel, bias, h, weight, self.dtype, self.batch_norm)
+      h, moments = self.kernels.layer(kernel, bias, h, weight, self.dtype, self.batch_norm)
       if self.batch_norm:
         scale, shift = self._batch_norm(layer, moments, weight, train)
     return Activations(h, None if scale is None else (scale, shift))

@@ -46,6 +46,8 @@ TARGETS = {
   'dlrm_exchange_meet': 'DlrmExchangeMeet',
   'dlrm_exchange_add': 'DlrmExchangeAdd',
   'dlrm_fence': 'DlrmFence',
+  'dlrm_fold': 'DlrmFold',
+  'dlrm_fold_backward': 'DlrmFoldBackward',
   'dlrm_transpose_float32_float32': 'DlrmTransposeFloatFloat',
   'dlrm_transpose_float32_bfloat16': 'DlrmTransposeFloatBFloat16',
   'dlrm_transpose_bfloat16_float32': 'DlrmTransposeBFloat16Float',
