@@ -162,20 +162,16 @@ def native_fold(
   kernel: Float[Array, 'K N'], bias: Float[Array, 'N'], scale: Float[Array, 'K'], shift: Float[Array, 'K']
 ) -> tuple[Float[Array, 'K N'], Float[Array, 'N']]:
   """See `Fold`. Needs `native.load()`."""
-  return jax.ffi.ffi_call('dlrm_fold', (_like(kernel), _like(bias)))(kernel, bias, scale, shift)
+  return jax.ffi.ffi_call('dlrm_fold', (kernel, bias))(kernel, bias, scale, shift)
 
 
 def _fold_backward(
   saved: tuple[Array, Array, Array], gradient: tuple[Array, Array]
 ) -> tuple[Array, Array, Array, Array]:
   kernel, scale, shift = saved
-  call = jax.ffi.ffi_call('dlrm_fold_backward', (_like(kernel), _like(scale), _like(shift)))
+  call = jax.ffi.ffi_call('dlrm_fold_backward', saved)  # each result is as large as what it is the gradient by
   of_kernel, of_scale, of_shift = call(kernel, scale, shift, *gradient)
   return of_kernel, gradient[1], of_scale, of_shift
-
-
-def _like(x: Array) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 native_fold.defvjp(

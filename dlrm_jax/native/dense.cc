@@ -1,6 +1,6 @@
 // A layer of the MLPs, relu(W^T h + b), forward and backward: matrix products with everything that is element-wise, and
 // the moments for batch norm, done while a block is in the cache. Activations are [panels, features, 64 examples], so that
-// a panel is one stretch of memory: with features as rows of a whole batch, each power of two bytes long, the rows of a
+// a panel is one stretch of memory: with features as rows of a whole batch, each a power of two bytes long, the rows of a
 // panel would share a few sets of the caches and each have a page of its own.
 //
 // All products are one: C[m, 64] = A[m, k] B[k, 64], in words of 32 bits along k: one float, or two bfloat16 that meet

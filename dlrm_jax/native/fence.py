@@ -14,6 +14,5 @@ def fence(tree: Any) -> Any:
   """
 
   leaves, structure = jax.tree.flatten(tree)
-  same = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
-  call = jax.ffi.ffi_call('dlrm_fence', same, input_output_aliases={i: i for i in range(len(leaves))})
+  call = jax.ffi.ffi_call('dlrm_fence', leaves, input_output_aliases={i: i for i in range(len(leaves))})
   return structure.unflatten(call(*leaves))

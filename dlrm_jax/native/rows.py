@@ -107,9 +107,8 @@ def native_update(
 def in_place(target: str, before: Sequence[Array], tables: Any, after: Sequence[Array] = (), **attributes: int) -> Any:
   """What a kernel, called with the leaves of the tables between other arguments, makes of the tables where they are."""
   leaves, tree = jax.tree.flatten(tables)
-  shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
   aliases = {len(before) + place: place for place in range(len(leaves))}
-  call = jax.ffi.ffi_call(target, shapes, input_output_aliases=aliases)
+  call = jax.ffi.ffi_call(target, leaves, input_output_aliases=aliases)
   return jax.tree.unflatten(tree, call(*before, *leaves, *after, **attributes))
 
 
