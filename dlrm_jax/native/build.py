@@ -1,5 +1,6 @@
 """The C++ kernels: compiled at first use where a compiler exists, kept in the user's cache folder, known to XLA:CPU."""
 
+import concurrent.futures
 import ctypes
 import functools
 import hashlib
@@ -19,9 +20,11 @@ import jaxlib
 
 FOLDER = Path(__file__).parent
 FLAGS = (
-  *('-std=c++17', '-O3', '-march=native', '-DNDEBUG', '-w', '-fPIC', '-shared', '-fno-strict-aliasing'),
+  *('-std=c++17', '-O3', '-march=native', '-DNDEBUG', '-w', '-fPIC', '-fno-strict-aliasing'),
   '-fno-math-errno',  # or a square root is a call, one number at a time
 )
+HEADERS = ('-isystem', jax.ffi.include_dir())
+AT_ONCE = 4  # compilers at most, each of which takes up to 360 MB
 COMPILERS = ('c++', 'g++', 'clang++')
 # What the kernels are called in XLA's programs, and in C++.
 TARGETS = {
@@ -178,12 +181,22 @@ def describe_processor() -> str:
 
 
 def compile_to(path: Path, compiler: str, folder: Path = FOLDER) -> None:
-  """Compiles all of the C++ files into one library. BuildError, with the compiler's first complaint, if it fails."""
-  files = [str(file) for file in sources(folder) if file.suffix == '.cc']
-  done = _run([compiler, *FLAGS, '-isystem', jax.ffi.include_dir(), *files, '-o', str(path)])
+  """Compiles the C++ files, several at a time, into one library. BuildError, with the compiler's first complaint, if
+  that fails."""
+  files = [file for file in sources(folder) if file.suffix == '.cc']
+  with tempfile.TemporaryDirectory(dir=path.parent) as build:
+    objects = [Path(build) / f'{file.stem}.o' for file in files]
+    compile_one = lambda file, into: _compile([compiler, *FLAGS, *HEADERS, '-c', str(file), '-o', str(into)])
+    with concurrent.futures.ThreadPoolExecutor(min(AT_ONCE, len(os.sched_getaffinity(0)))) as pool:
+      list(pool.map(compile_one, files, objects))
+    _compile([compiler, *FLAGS, '-shared', *map(str, objects), '-o', str(path)])
+
+
+def _compile(command: list[str]) -> None:
+  done = _run(command)
   if done.returncode:
     lines = [line for line in done.stderr.splitlines() if 'error' in line] or done.stderr.splitlines() or ['?']
-    raise BuildError(f'{compiler} failed: {lines[0].strip()}')
+    raise BuildError(f'{command[0]} failed: {lines[0].strip()}')
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess:
