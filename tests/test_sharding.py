@@ -174,7 +174,7 @@ def rounds_of(program, state, batch):
   """Of the lookups of a batch, table by table."""
   find = lambda known, batch: [where.rounds for where in program.embeddings.find(known, batch).rows.values()]
   over = program.axis.over(find, (state_specs(program).known, CUT), WHOLE)
-  return [int(rounds) for rounds in over(state.known, batch)]
+  return [int(rounds) for rounds in jax.jit(over)(state.known, batch)]
 
 
 # Things that a box holds, of the 60 or so that a device has for an owner, and the rounds that this makes.
