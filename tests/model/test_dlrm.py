@@ -126,7 +126,7 @@ def test_forward_and_gradients_equal_the_numpy_network(interaction):
     logit, _ = model.apply({**variables, 'params': params}, dense, vectors, weight, train=True, mutable=['batch_stats'])
     return cross_entropy(logit, label, weight, weight.sum()), logit
 
-  (value, logit), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(variables['params'], vectors)
+  (value, logit), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(variables['params'], vectors)
   expected, expected_grads, expected_logit = Reference(variables['params'], interaction).loss(
     *(np.asarray(leaf) for leaf in (dense, vectors, label, weight))
   )
@@ -150,7 +150,7 @@ def test_padding_changes_no_loss_gradient_or_statistic():
       logit, new = model.apply({**variables, 'params': params}, d, v, w, train=True, mutable=['batch_stats'])
       return cross_entropy(logit, y, w, w.sum()), new
 
-    return jax.value_and_grad(loss, has_aux=True)(variables['params'])
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))(variables['params'])
 
   close = lambda a, b: jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), a, b)
   close(run(B, 0.0), run(B, 9.0))
