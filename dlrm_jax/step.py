@@ -177,21 +177,22 @@ def jit_train_step(program: Program) -> Callable[[TrainState, Batch], tuple[Trai
   """`train_step`, compiled; it takes over the memory of the state that it is given."""
   specs = state_specs(program)
   step = program.axis.over(functools.partial(train_step, program), (specs, CUT), (specs, WHOLE))
-  return jax.jit(step, donate_argnums=0, compiler_options=_options(program))
+  return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(program))
 
 
 def jit_train_steps(program: Program) -> Callable[[TrainState, Batch, int, int], tuple[TrainState, Metrics]]:
   """`train_steps`, compiled, as `jit_train_step` is."""
   specs = state_specs(program)
   steps = program.axis.over(functools.partial(train_steps, program), (specs, CUT_STACK, WHOLE, WHOLE), (specs, WHOLE))
-  return jax.jit(steps, donate_argnums=0, compiler_options=_options(program))
+  return jax.jit(steps, donate_argnums=0, compiler_options=compiler_options(program))
 
 
 def jit_predict(program: Program) -> Callable[[TrainState, Batch], tuple[Array, Array, Array]]:
   """`predict`, compiled."""
   step = program.axis.over(functools.partial(predict, program), (state_specs(program), CUT), WHOLE)
-  return jax.jit(step, compiler_options=_options(program))
+  return jax.jit(step, compiler_options=compiler_options(program))
 
 
-def _options(program: Program) -> dict[str, str]:
+def compiler_options(program: Program) -> dict[str, str]:
+  """Of XLA, for the functions of a program."""
   return {} if program.spec.op_fusion else NO_FUSION

@@ -105,6 +105,7 @@ def tables_seconds(config: str, devices: int, embedding: dict[str, Any], data: P
 
   from dlrm_jax.sharding import CUT
   from dlrm_jax.state import init_state, state_specs
+  from dlrm_jax.step import compiler_options
 
   program, batch = _program_and_batch(config, devices, TABLES_SHARE, embedding, data)
   embeddings, specs = program.embeddings, state_specs(program)
@@ -113,7 +114,8 @@ def tables_seconds(config: str, devices: int, embedding: dict[str, Any], data: P
     found = embeddings.find({}, batch)
     return embeddings.update(tables, found, 1e-3 * embeddings.lookup(tables, found), jax.numpy.zeros((), int))
 
-  function = jax.jit(program.axis.over(part, (specs.tables, CUT), specs.tables), donate_argnums=0)
+  over = program.axis.over(part, (specs.tables, CUT), specs.tables)
+  function = jax.jit(over, donate_argnums=0, compiler_options=compiler_options(program))
   tables, seconds = init_state(program).tables, []
   for _ in range(8):
     start = time.perf_counter()
