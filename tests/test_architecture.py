@@ -6,7 +6,7 @@ import sys
 
 # Each may import only from those before it (and from its own group).
 ORDER = [
-  ['structs', 'spec', 'words', 'bits', 'sums', 'sharding', 'peers', 'watchdog', 'memory', 'cluster'],
+  ['structs', 'spec', 'words', 'bits', 'sums', 'sharding', 'peers', 'watchdog', 'memory', 'cluster', 'cores'],
   ['native'],
   ['optim', 'model', 'metrics'],
   ['embeddings'],

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import jax
 import jaxlib
 
+from dlrm_jax.cores import cores
+
 FOLDER = Path(__file__).parent
 FLAGS = (
   *('-std=c++17', '-O3', '-march=native', '-DNDEBUG', '-w', '-fPIC', '-fno-strict-aliasing'),
@@ -187,7 +189,7 @@ def compile_to(path: Path, compiler: str, folder: Path = FOLDER) -> None:
   with tempfile.TemporaryDirectory(dir=path.parent) as build:
     objects = [Path(build) / f'{file.stem}.o' for file in files]
     compile_one = lambda file, into: _compile([compiler, *FLAGS, *HEADERS, '-c', str(file), '-o', str(into)])
-    with concurrent.futures.ThreadPoolExecutor(min(AT_ONCE, len(os.sched_getaffinity(0)))) as pool:
+    with concurrent.futures.ThreadPoolExecutor(min(AT_ONCE, len(cores()))) as pool:
       list(pool.map(compile_one, files, objects))
     _compile([compiler, *FLAGS, '-shared', *map(str, objects), '-o', str(path)])
 
