@@ -9,6 +9,7 @@ import pytest
 
 from configs import base
 from dlrm_jax import spec as specs
+from dlrm_jax import sums
 from dlrm_jax.model.dlrm import DLRM
 from dlrm_jax.model.loss import cross_entropy
 
@@ -135,6 +136,17 @@ def test_forward_and_gradients_equal_the_numpy_network(interaction):
   expected_vectors = expected_grads.pop('vectors')
   np.testing.assert_allclose(grads[1], expected_vectors, atol=2e-6)
   jax.tree.map(lambda got, want: np.testing.assert_allclose(got, want, atol=5e-6, rtol=1e-3), grads[0], expected_grads)
+
+
+@pytest.mark.parametrize('examples', [512, 312, 77])
+@pytest.mark.parametrize('parts', [2, 4])
+def test_the_losses_of_parts_of_a_batch_add_up_to_that_of_the_batch_to_the_bit(parts, examples):
+  rng = np.random.default_rng(examples)
+  weight, total = jnp.asarray(np.arange(512) < examples, jnp.float32), jnp.float32(examples)
+  for _ in range(20):
+    batch = jnp.asarray(rng.normal(size=512), jnp.float32), jnp.asarray(rng.random(512) < 0.3, jnp.float32), weight
+    cut = zip(*(jnp.split(leaf, parts) for leaf in batch), strict=True)
+    assert sums.of_terms([cross_entropy(*part, total) for part in cut]) == cross_entropy(*batch, total)
 
 
 def test_padding_changes_no_loss_gradient_or_statistic():
