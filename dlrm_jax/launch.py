@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from typing import IO
 
+from dlrm_jax.cores import usable_cores
 from dlrm_jax.distributed import LOST
 
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL, when another process has failed
@@ -84,10 +85,10 @@ class Launcher:
     with socket.socket() as held:
       held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
       held.bind(('127.0.0.1', 0))
-      for index, cores in enumerate(shares(sorted(os.sched_getaffinity(0)), self._processes)):
+      for index, share in enumerate(shares(usable_cores(), self._processes)):
         if self._asked:
           break
-        self._start(index, cores, held.getsockname()[1])
+        self._start(index, share, held.getsockname()[1])
       code = self._wait()
     for pump in self._pumps:
       pump.join()

@@ -27,10 +27,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dlrm_jax import memory
+from dlrm_jax.cores import usable_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / 'experiments' / 'records'
-CORES = len(os.sched_getaffinity(0))
+CORES = len(usable_cores())
 LEARNING_RATE = 0.002  # of all systems: the default of configs/base.py
 ENVIRONMENT = {memory.TUNABLES: f'{memory.HUGE_PAGES}=1'}  # of all systems, as main.py has it
 FLAGS = ('amx_bf16', 'avx512_bf16')  # of the processor: what makes bfloat16 products fast

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dlrm_jax.cores import usable_cores
 from experiments import common
 
 # The loader's defaults (configs/base.py): streams times rows of a window.
@@ -181,7 +182,7 @@ def load(data: Path, buckets: int, cores: int, cache: bool = False) -> Loaded:
   written before the clock starts and gone afterwards.
   """
   # First of all: threads have the cores of the thread that starts them.
-  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+  os.sched_setaffinity(0, usable_cores()[:cores])
   with tempfile.TemporaryDirectory() as folder:
     # The cache stands beside the file, so the file is seen from here.
     Path(folder, 'train.csv').symlink_to(data / 'train.csv')

@@ -13,7 +13,6 @@ Repetitions are interleaved. The machine must be idle.
 
 import concurrent.futures
 import itertools
-import os
 import statistics
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from dlrm_jax.cores import usable_cores
 from experiments import common, scaling_model, scaling_parts
 from experiments.scaling_model import Cost, Network
 from experiments.scaling_network import Unavailable, namespaces
@@ -65,7 +65,7 @@ class Runs:
     core: int = 0,
   ) -> float:
     """Samples/s of so many processes with `share` examples each, in namespaces if `inside`; from this core on."""
-    cores = sorted(os.sched_getaffinity(0))[core:][: min(processes, CORES)]
+    cores = usable_cores()[core:][: min(processes, CORES)]
     steps = WARM_UP + max(5, self._samples // (SWEEPING if config == 'baseline' else 1) // share)
     with tempfile.TemporaryDirectory() as output:
       fields = {
@@ -94,7 +94,7 @@ class Runs:
 
   def cost(self, inside: Sequence[str] = ()) -> Cost:
     """From two processes that do nothing but all-to-alls."""
-    cores = sorted(os.sched_getaffinity(0))[:CORES]
+    cores = usable_cores()[:CORES]
     program = ('-c', 'from experiments import scaling_parts; scaling_parts.time_collectives()')
     seconds = self.launch(2, cores, program, inside)
     return scaling_model.fit(*zip(scaling_parts.SIZES, seconds, strict=True))

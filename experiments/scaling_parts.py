@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dlrm_jax.cores import usable_cores
 from experiments import common, scaling_model
 
 SIZES = (4096, 2**21)  # bytes of results, about those of the batch statistics and of all gradients
@@ -64,7 +65,7 @@ def _prepare(devices: int, threads: int) -> None:
 
   os.environ['JAX_NUM_CPU_DEVICES'] = str(devices)
   if threads:
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    os.sched_setaffinity(0, usable_cores()[:threads])
   main.prepare_process(threads)
 
 

@@ -2,19 +2,19 @@
 
 import os
 
-from dlrm_jax.cores import cores
+from dlrm_jax.cores import usable_cores
 
 
 def test_those_that_this_process_may_use():
   allowed = os.sched_getaffinity(0)
   os.sched_setaffinity(0, {min(allowed)})
   try:
-    assert cores() == [min(allowed)]
+    assert usable_cores() == [min(allowed)]
   finally:
     os.sched_setaffinity(0, allowed)
-  assert cores() == sorted(allowed)
+  assert usable_cores() == sorted(allowed)
 
 
 def test_where_the_system_does_not_say_all(monkeypatch):
   monkeypatch.delattr(os, 'sched_getaffinity')
-  assert cores() == list(range(os.cpu_count()))
+  assert usable_cores() == list(range(os.cpu_count()))

@@ -24,7 +24,7 @@ import sys
 
 import numpy as np
 
-from dlrm_jax.cores import cores
+from dlrm_jax.cores import usable_cores
 from dlrm_jax.data import synthetic_csv
 from dlrm_jax.data.synthetic_rows import BLOCK, draw_block, world
 
@@ -129,7 +129,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
   parser.add_argument('--processes', type=int, help='workers; the files do not depend on it (default: the processors)')
   args = parser.parse_args(argv)
   args.eval_rows = args.rows // 4 if args.eval_rows is None else args.eval_rows
-  args.processes = len(cores()) if args.processes is None else args.processes
+  args.processes = len(usable_cores()) if args.processes is None else args.processes
   for name, low in (('rows', 1), ('eval_rows', 1), ('seed', 0), ('processes', 1)):
     if getattr(args, name) < low:
       parser.error(f'--{name}={getattr(args, name)}: must be at least {low}')

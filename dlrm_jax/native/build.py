@@ -18,14 +18,13 @@ from typing import NamedTuple
 import jax
 import jaxlib
 
-from dlrm_jax.cores import cores
+from dlrm_jax.cores import usable_cores
 
 FOLDER = Path(__file__).parent
 FLAGS = (
   *('-std=c++17', '-O3', '-march=native', '-DNDEBUG', '-w', '-fPIC', '-fno-strict-aliasing'),
   '-fno-math-errno',  # or a square root is a call, one number at a time
 )
-HEADERS = ('-isystem', jax.ffi.include_dir())
 AT_ONCE = 4  # compilers at most, each of which takes up to 360 MB
 COMPILERS = ('c++', 'g++', 'clang++')
 # What the kernels are called in XLA's programs, and in C++.
@@ -188,10 +187,11 @@ def compile_to(path: Path, compiler: str, folder: Path = FOLDER) -> None:
   files = [file for file in sources(folder) if file.suffix == '.cc']
   with tempfile.TemporaryDirectory(dir=path.parent) as build:
     objects = [Path(build) / f'{file.stem}.o' for file in files]
-    compile_one = lambda file, into: _compile([compiler, *FLAGS, *HEADERS, '-c', str(file), '-o', str(into)])
-    with concurrent.futures.ThreadPoolExecutor(min(AT_ONCE, len(cores()))) as pool:
+    command = [compiler, *FLAGS, '-isystem', jax.ffi.include_dir()]
+    compile_one = lambda file, into: _compile([*command, '-c', str(file), '-o', str(into)])
+    with concurrent.futures.ThreadPoolExecutor(min(AT_ONCE, len(usable_cores()))) as pool:
       list(pool.map(compile_one, files, objects))
-    _compile([compiler, *FLAGS, '-shared', *map(str, objects), '-o', str(path)])
+    _compile([*command, '-shared', *map(str, objects), '-o', str(path)])
 
 
 def _compile(command: list[str]) -> None:
