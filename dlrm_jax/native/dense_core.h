@@ -8,7 +8,7 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 #if defined(DLRM_EMULATE_AMX)
@@ -243,6 +243,28 @@ inline void Transpose16(const Word* in, int64_t ld_in, Word* out, int64_t ld_out
   for (int i = 0; i < 8; ++i) {
     _mm512_storeu_si512(out + i * ld_out, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
     _mm512_storeu_si512(out + (i + 8) * ld_out, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+  }
+#elif defined(__AVX__)
+  for (int64_t r = 0; r < 16; r += 8) {
+    for (int64_t c = 0; c < 16; c += 8) {
+      __m256 a[8], b[8];
+      for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(in + (r + i) * ld_in + c));
+      for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+      }
+      for (int i = 0; i < 8; i += 4) {
+        a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+        a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+        a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+        a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+      }
+      for (int i = 0; i < 4; ++i) {
+        float* to = reinterpret_cast<float*>(out + (c + i) * ld_out + r);
+        _mm256_storeu_ps(to, _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+        _mm256_storeu_ps(to + 4 * ld_out, _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+      }
+    }
   }
 #else
   for (int i = 0; i < 16; ++i) {
