@@ -1,7 +1,9 @@
 """The C++ kernels: compiled at first use where a compiler exists, kept in the user's cache folder, known to XLA:CPU."""
 
 import concurrent.futures
+import contextlib
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -11,7 +13,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +28,7 @@ FLAGS = (
   '-fno-math-errno',  # or a square root is a call, one number at a time
 )
 AT_ONCE = 4  # compilers at most, each of which takes up to 360 MB
+TURN_SECONDS = 300.0  # that a process waits at most for another that builds the same
 COMPILERS = ('c++', 'g++', 'clang++')
 # What the kernels are called in XLA's programs, and in C++.
 TARGETS = {
@@ -115,22 +118,51 @@ def _library() -> tuple[ctypes.CDLL, str]:
   folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'dlrm_jax'
   path = folder / f'kernels-{cache_key(compiler)}.so'
   if is_whole(path):
-    return ctypes.CDLL(str(path)), f'C++ kernels: {path}'
+    return _kept(path)
   started = time.perf_counter()
   try:
     folder.mkdir(parents=True, exist_ok=True)
     writable = os.access(folder, os.W_OK)
   except OSError:
     writable = False
-  with tempfile.TemporaryDirectory(prefix='dlrm_jax_', dir=folder if writable else None) as build:
-    built = Path(build) / path.name
-    compile_to(built, compiler)
-    seal(built)
-    # Renamed whole: other processes may be at the same, and see all of the file or nothing.
-    path = built.replace(path) if writable else built
-    library = ctypes.CDLL(str(path))  # stays loaded even if the file goes
+  with one_at_a_time(folder) if writable else contextlib.nullcontext():
+    if is_whole(path):  # by now
+      return _kept(path)
+    with tempfile.TemporaryDirectory(prefix='dlrm_jax_', dir=folder if writable else None) as build:
+      built = Path(build) / path.name
+      compile_to(built, compiler)
+      seal(built)
+      # Renamed whole: a process that did not wait for its turn sees all of the file or nothing.
+      path = built.replace(path) if writable else built
+      library = ctypes.CDLL(str(path))  # stays loaded even if the file goes
   where = path if writable else f'not kept, since {folder} cannot be written'
   return library, f'C++ kernels, built in {time.perf_counter() - started:.0f} s: {where}'
+
+
+def _kept(path: Path) -> tuple[ctypes.CDLL, str]:
+  return ctypes.CDLL(str(path)), f'C++ kernels: {path}'
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+  """Of the processes that share a folder one after another, so that those of a launcher do not all build the same.
+
+  The system ends the turn of one that dies. Who has waited TURN_SECONDS for one that is stopped, or whose file system
+  has no locks, goes on without.
+  """
+  descriptor, until = os.open(folder, os.O_RDONLY), time.monotonic() + TURN_SECONDS
+  try:
+    while time.monotonic() < until:
+      try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        break
+      except BlockingIOError:
+        time.sleep(0.1)
+      except OSError:
+        break
+    yield
+  finally:
+    os.close(descriptor)
 
 
 def seal(path: Path) -> None:

@@ -1,9 +1,12 @@
 """The kernels are built once for what they were built from, and a run goes on without them where they cannot be had."""
 
+import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -27,14 +30,14 @@ def load_in(repository, cache, **environment):
 
 @pytest.fixture(scope='module')
 def built(tmp_path_factory, repository):
-  """A cache folder that two processes have filled at the same time."""
+  """A cache folder that was empty when two processes began, of which one has built the kernels for both."""
   cache = tmp_path_factory.mktemp('cache')
   command = [sys.executable, '-c', LOAD]
   environment = {'XDG_CACHE_HOME': str(cache), 'PATH': '/usr/local/bin:/usr/bin:/bin'}
   both = [subprocess.Popen(command, cwd=repository, env=environment, stdout=subprocess.PIPE, text=True) for _ in 'ab']
-  for process in both:
-    stdout, _ = process.communicate(timeout=300)
-    assert stdout.startswith('True|C++ kernels'), stdout
+  said = sorted(process.communicate(timeout=300)[0] for process in both)
+  assert said[0].startswith('True|C++ kernels, built in'), said
+  assert said[1].startswith('True|C++ kernels: '), said
   return cache
 
 
@@ -63,6 +66,28 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(repository):
   ready, note = load_in(repository, '/dev/null/cache')
   assert ready
   assert 'not kept, since /dev/null/cache/dlrm_jax cannot be written' in note
+
+
+@pytest.mark.parametrize('released', [True, False])
+def test_a_turn_begins_when_that_of_another_ends_or_is_too_long(released, tmp_path, monkeypatch):
+  monkeypatch.setattr(build, 'TURN_SECONDS', 60.0 if released else 0.2)
+  other, order = os.open(tmp_path, os.O_RDONLY), []
+  fcntl.flock(other, fcntl.LOCK_EX)
+
+  def take_turn():
+    with build.one_at_a_time(tmp_path):
+      order.append('mine')
+
+  thread = threading.Thread(target=take_turn)
+  thread.start()
+  if released:
+    thread.join(0.3)
+    order.append('released')
+    os.close(other)
+  thread.join(30)
+  assert order == (['released', 'mine'] if released else ['mine'])
+  if not released:
+    os.close(other)
 
 
 def test_no_compiler(repository, tmp_path):
