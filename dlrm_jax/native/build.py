@@ -6,6 +6,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -152,17 +153,23 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
   """
   descriptor, until = os.open(folder, os.O_RDONLY), time.monotonic() + TURN_SECONDS
   try:
-    while time.monotonic() < until:
-      try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        break
-      except BlockingIOError:
-        time.sleep(0.1)
-      except OSError:
-        break
+    if not _takes(descriptor):
+      logging.info('waiting for another process, which builds the C++ kernels in %s', folder)
+    while not _takes(descriptor) and time.monotonic() < until:
+      time.sleep(0.1)
     yield
   finally:
     os.close(descriptor)
+
+
+def _takes(descriptor: int) -> bool:
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  except OSError:  # there are no locks to be had
+    pass
+  return True
 
 
 def seal(path: Path) -> None:

@@ -68,26 +68,35 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(repository):
   assert 'not kept, since /dev/null/cache/dlrm_jax cannot be written' in note
 
 
-@pytest.mark.parametrize('released', [True, False])
-def test_a_turn_begins_when_that_of_another_ends_or_is_too_long(released, tmp_path, monkeypatch):
-  monkeypatch.setattr(build, 'TURN_SECONDS', 60.0 if released else 0.2)
-  other, order = os.open(tmp_path, os.O_RDONLY), []
-  fcntl.flock(other, fcntl.LOCK_EX)
+@pytest.fixture
+def taken(tmp_path):
+  """A descriptor by which another holds the turn of tmp_path."""
+  descriptor = os.open(tmp_path, os.O_RDONLY)
+  fcntl.flock(descriptor, fcntl.LOCK_EX)
+  yield descriptor
+  os.close(descriptor)
 
-  def take_turn():
-    with build.one_at_a_time(tmp_path):
-      order.append('mine')
 
-  thread = threading.Thread(target=take_turn)
-  thread.start()
-  if released:
-    thread.join(0.3)
-    order.append('released')
-    os.close(other)
-  thread.join(30)
-  assert order == (['released', 'mine'] if released else ['mine'])
-  if not released:
-    os.close(other)
+def test_a_turn_begins_when_that_of_another_ends(taken, tmp_path):
+  order = []
+
+  def end_turn():
+    order.append('ended')
+    fcntl.flock(taken, fcntl.LOCK_UN)
+
+  timer = threading.Timer(0.3, end_turn)
+  timer.start()
+  with build.one_at_a_time(tmp_path):
+    order.append('begun')
+  timer.join()
+  assert order == ['ended', 'begun']
+
+
+def test_a_turn_that_does_not_end_is_not_waited_for_for_ever(taken, tmp_path, monkeypatch, caplog):
+  monkeypatch.setattr(build, 'TURN_SECONDS', 0.2)
+  caplog.set_level('INFO')
+  with build.one_at_a_time(tmp_path):
+    assert 'waiting for another process' in caplog.text
 
 
 def test_no_compiler(repository, tmp_path):
