@@ -6,7 +6,7 @@ import sys
 
 # Each may import only from those before it (and from its own group).
 ORDER = [
-  ['structs', 'spec', 'words', 'bits', 'sums', 'sharding', 'peers', 'watchdog', 'memory', 'cluster', 'cores'],
+  ['structs', 'spec', 'words', 'bits', 'sums', 'sharding', 'peers', 'watchdog', 'memory', 'cluster', 'cores', 'locks'],
   ['native'],
   ['optim', 'model', 'metrics'],
   ['embeddings'],

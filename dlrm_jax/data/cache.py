@@ -13,14 +13,12 @@ why. It appears under its name when it is complete, and processes that share it 
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 import socket
-from collections.abc import Iterator
 from typing import BinaryIO
 
 import grain
@@ -30,6 +28,7 @@ import pyarrow as pa
 from dlrm_jax.data.encode import DENSE, Columns
 from dlrm_jax.data.index import File, FileIndex, find_files, index_file
 from dlrm_jax.data.schema import CATEGORIES, INTEGERS, LABEL, DataError, DataSpec
+from dlrm_jax.locks import wait_for_lock
 
 FOLDER = '.dlrm_jax_cache'
 
@@ -178,7 +177,8 @@ def _make(path: str, places: tuple[str, str], stamp: dict[str, int | str], spec:
   for cache in places:
     try:
       os.makedirs(os.path.dirname(cache), exist_ok=True)
-      with _lock(cache) as locked:
+      with open(f'{cache}.lock', 'w') as file:
+        locked = wait_for_lock(file.fileno(), f'writes {cache}')
         try:
           return _load(cache, stamp)
         except _UnfitError as unfit:
@@ -193,21 +193,6 @@ def _make(path: str, places: tuple[str, str], stamp: dict[str, int | str], spec:
         ) from error
       _logger.info('cache: not in %s (%s)', os.path.dirname(cache), error.strerror)
   raise AssertionError(places)
-
-
-@contextlib.contextmanager
-def _lock(cache: str) -> Iterator[bool]:
-  """Waits for whoever writes this cache; False where the file system has no locks, and all of them write."""
-  with open(f'{cache}.lock', 'w') as file:
-    locked = True
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      _logger.info('cache: waiting for the process that writes %s', cache)
-      fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError:
-      locked = False
-    yield locked
 
 
 def _write(path: str, cache: str, locked: bool, stamp: dict[str, int | str], spec: DataSpec) -> None:

@@ -3,10 +3,8 @@
 import concurrent.futures
 import contextlib
 import ctypes
-import fcntl
 import functools
 import hashlib
-import logging
 import os
 import platform
 import shutil
@@ -22,6 +20,7 @@ import jax
 import jaxlib
 
 from dlrm_jax.cores import usable_cores
+from dlrm_jax.locks import wait_for_lock
 
 FOLDER = Path(__file__).parent
 FLAGS = (
@@ -151,25 +150,12 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
   The system ends the turn of one that dies. Who has waited TURN_SECONDS for one that is stopped, or whose file system
   has no locks, goes on without.
   """
-  descriptor, until = os.open(folder, os.O_RDONLY), time.monotonic() + TURN_SECONDS
+  descriptor = os.open(folder, os.O_RDONLY)
   try:
-    if not _takes(descriptor):
-      logging.info('waiting for another process, which builds the C++ kernels in %s', folder)
-    while not _takes(descriptor) and time.monotonic() < until:
-      time.sleep(0.1)
+    wait_for_lock(descriptor, f'builds the C++ kernels in {folder}', TURN_SECONDS)
     yield
   finally:
     os.close(descriptor)
-
-
-def _takes(descriptor: int) -> bool:
-  try:
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    return False
-  except OSError:  # there are no locks to be had
-    pass
-  return True
 
 
 def seal(path: Path) -> None:

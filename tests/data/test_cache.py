@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlrm_jax import sources
+from dlrm_jax import locks, sources
 from dlrm_jax.data import cache, pipeline
 from dlrm_jax.data.cache import index_cached
 from dlrm_jax.data.index import index_files
@@ -345,7 +345,7 @@ def test_without_locks_and_with_what_a_killed_process_left(criteo, tmp_path, pla
   def no_locks(file, how):
     raise OSError(95, 'Operation not supported')
 
-  monkeypatch.setattr(cache.fcntl, 'flock', no_locks)
+  monkeypatch.setattr(locks.fcntl, 'flock', no_locks)
   assert_reads_like_the_file(path, criteo.spec(''))
   assert place.read_bytes() == content
   monkeypatch.undo()

@@ -96,7 +96,7 @@ def test_a_turn_that_does_not_end_is_not_waited_for_for_ever(taken, tmp_path, mo
   monkeypatch.setattr(build, 'TURN_SECONDS', 0.2)
   caplog.set_level('INFO')
   with build.one_at_a_time(tmp_path):
-    assert 'waiting for another process' in caplog.text
+    assert 'waiting for the process that builds the C++ kernels' in caplog.text
 
 
 def test_no_compiler(repository, tmp_path):
