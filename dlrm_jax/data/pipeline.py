@@ -145,6 +145,9 @@ class TrainIterator(grain.DatasetIterator):
     self._row, rest = divmod(position, self._layout.streams)
     self._has_places &= rest == 0
     self._drop = self._layout.local_count(position) - self._layout.local_count(self._row * self._layout.streams)
+    if self._layout.local_count(position) == self._layout.local_count(self._layout.rows):
+      # The others have what is left of the epoch: this process needs no more windows of it.
+      self._row, self._drop = self._layout.stream_rows(0), 0
 
   def _start_epoch(self) -> None:
     self._has_places = self._batch_size % self._layout.streams == 0  # every stream, in every batch, see `layout`
@@ -273,12 +276,13 @@ class EvalIterator(grain.DatasetIterator):
     """Goes on from a state of an iterator with the same batch size."""
     self._position = state['position']
     self._group: list[np.ndarray] = []
-    group, self._done = divmod(self._position // self._batch_size, max(READ_ROWS // self._batch_size, 1))
+    # A position inside a batch is the end of the last one, which has fewer rows.
+    group, self._done = divmod(-(-self._position // self._batch_size), max(READ_ROWS // self._batch_size, 1))
     self._parent.set_state({'next_index': group})
 
   def __next__(self) -> tuple[Batch, State]:
     self._assert_not_closed()
-    if not self._group:
+    while not self._group:
       self._group = next(self._parent)[self._done :]
       self._done = 0
     rows = self._group.pop(0)

@@ -106,14 +106,15 @@ def test_local_size(streams, processes, size, local):
   assert {Layout(1000, streams, 5, i, processes).local_size(size) for i in range(processes)} == {local}
 
 
-def test_resume_at_every_cut_equals_uninterrupted(criteo):
-  rows, size = 103, 7
-  spec = criteo.spec('')
-  whole = train_batches(counted(rows), spec, size, 3)
+@pytest.mark.parametrize('process', [(0, 1), (0, 3), (2, 3)])
+def test_resume_at_every_cut_equals_uninterrupted(criteo, process):
+  rows, size = 110, 7  # one cut is at position 105, after which the first process has nothing more of the epoch
+  spec = criteo.spec('', streams=11, shuffle_rows=3)
+  whole = train_batches(counted(rows), spec, size, 3, *process)
   uninterrupted = [next(whole) for _ in range(3 * batches_per_epoch(rows, size))]
   state = {'epoch': 0, 'position': 0}
   for cut, (_, after) in enumerate(uninterrupted[:-4]):
-    resumed = train_batches(counted(rows), spec, size, 3, state=state)
+    resumed = train_batches(counted(rows), spec, size, 3, *process, state=state)
     for batch, expected_state in uninterrupted[cut : cut + 4]:
       again, again_state = next(resumed)
       assert again_state == expected_state
@@ -232,6 +233,8 @@ def test_evaluation_resumes(criteo):
   states = [state for _, state in iterator]
   iterator.set_state(states[20])
   assert numbers(next(iterator)[0]) == list(range(6300, 6600))
+  iterator.set_state(states[-1])
+  assert list(iterator) == []
 
 
 def test_more_processes_than_streams():
