@@ -39,6 +39,10 @@ class ClusterError(RuntimeError):
   """The processes did not come together; the message is one line for the user."""
 
 
+class LeftError(RuntimeError):
+  """Another process takes no more part in the rounds of `Rounds`."""
+
+
 class Members:
   """This process among those of its run: ends it for a reason that all learn, and stops all after the same step."""
 
@@ -91,7 +95,7 @@ class Members:
     text = ' '.join(str(error).split())
     if isinstance(error, (ClusterError, SpecError)):
       self.end(text, 2 if isinstance(error, SpecError) else 1)
-    if any(name in text for name in ('Gloo', 'oordination', 'MPI_', 'bad_cast')):
+    if isinstance(error, LeftError) or any(name in text for name in ('Gloo', 'oordination', 'MPI_', 'bad_cast')):
       self.cut_off(text)
     if isinstance(error, KeyboardInterrupt):
       self.end('interrupted', 130)
@@ -116,7 +120,7 @@ class Rounds:
     self._saying = threading.Lock()
 
   def agree(self, number: int) -> list[int]:
-    """The numbers of all in this round, in their order; waits for them. RuntimeError if one has left."""
+    """The numbers of all in this round, in their order; waits for them. LeftError if one has left."""
     if self.count == 1:
       return [number]
     this = self._say(str(number))
@@ -124,7 +128,7 @@ class Rounds:
       self._client.key_value_delete(self._key(this - 2, self.index))
     words = [self._read(this, process) for process in range(self.count)]
     if LEFT in words:
-      raise RuntimeError(f'process {words.index(LEFT)} has ended its work on the shared queue')
+      raise LeftError(f'process {words.index(LEFT)} has ended its work on the shared queue')
     return [int(word) for word in words]
 
   def leave(self) -> None:

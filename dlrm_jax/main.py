@@ -24,6 +24,7 @@ def main(argv: list[str]) -> int:
   try:
     spec = specs.from_config(parse(argv))
     cluster = clusters.from_environment(os.environ)
+    specs.check_processes(spec, cluster.processes if cluster else 1)
   except specs.SpecError as error:
     return fail(error, 2)
   except clusters.NothingToDo as reason:

@@ -214,4 +214,5 @@ def of_all(number: int) -> list[int]:
   """Every process's number, in every process. Waits for all."""
   if jax.process_count() == 1:
     return [number]
-  return multihost_utils.process_allgather(np.array(number, np.int32)).tolist()
+  halves = multihost_utils.process_allgather(np.array(divmod(number, 2**31), np.int32))  # JAX has 32 bits
+  return [high * 2**31 + low for high, low in halves.tolist()]

@@ -15,7 +15,7 @@ from dlrm_jax.data.queue_reader import queue_batches
 from dlrm_jax.data.schema import DataError, DataSpec
 from dlrm_jax.data.stage import Staged, stage
 from dlrm_jax.distributed import Members
-from dlrm_jax.sharding import ALONE, Axis
+from dlrm_jax.sharding import ALONE, Axis, of_all
 from dlrm_jax.spec import KEYED, Spec
 from dlrm_jax.stretches import Stacked
 
@@ -55,6 +55,17 @@ def open_sources(spec: Spec) -> Sources:
     f'{sources.train.rows:,}', f'{sources.eval.rows:,}' if sources.eval else 'none',
   )  # fmt: skip
   return sources
+
+
+def check_everywhere(sources: Sources) -> None:
+  """DataError, in all processes, if they see other data: one would wait for batches that another does not have."""
+  for name, index in (('train', sources.train), ('eval', sources.eval)):
+    for process, rows in enumerate(of_all(index.rows if index else 0)):
+      if index and rows != index.rows:
+        raise DataError(
+          f'config.data.{name} has {index.rows:,} rows in process {jax.process_index()} and {rows:,} in process '
+          f'{process}; all processes must see the same files'
+        )
 
 
 def train_batches(

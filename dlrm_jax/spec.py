@@ -215,6 +215,20 @@ def from_config(config: ConfigDict) -> Spec:
   return dataclasses.replace(spec, embedding=embedding)
 
 
+def check_processes(spec: Spec, processes: int) -> None:
+  """SpecError if so many processes cannot share the data."""
+  if spec.data.workqueue and spec.batch_size < processes:
+    raise SpecError(
+      f'config.batch_size={spec.batch_size} cannot be shared by {processes} processes: each needs an example of every '
+      f'batch; set config.batch_size={processes} or more'
+    )
+  if not spec.data.workqueue and spec.data.streams < processes:
+    raise SpecError(
+      f'config.data.streams={spec.data.streams} cannot serve {processes} processes: every process needs a stream; set '
+      f'config.data.streams={processes} or more, or start at most {spec.data.streams} processes'
+    )
+
+
 def to_dict(spec: Spec) -> dict[str, Any]:
   """The spec as nested dictionaries of JSON's types."""
   return dataclasses.asdict(spec)

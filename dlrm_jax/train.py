@@ -88,6 +88,7 @@ def run(spec: Spec, members: Members | None = None) -> None:
   """
   members = members or Members()
   data = sources.open_sources(spec)  # first, since bad data is the most common mistake
+  sources.check_everywhere(data)
   program = make_program(spec, all_devices())
   logging.info('%s', program.native.note)
   folder = run_folder(spec)

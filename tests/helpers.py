@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -71,6 +72,19 @@ def crashing(deltas, after):
     patch.setattr(Members, 'stop', stop)
     with pytest.raises(Crash):
       yield
+
+
+def ours(coordinator='h:9', processes='4', index='2'):
+  """The environment of one of several processes; None leaves a variable out."""
+  values = {'DLRM_COORDINATOR': coordinator, 'DLRM_NUM_PROCESSES': processes, 'DLRM_PROCESS_ID': index}
+  return {name: value for name, value in values.items() if value is not None}
+
+
+def free_port():
+  """A port that nobody listens on."""
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    return probe.getsockname()[1]
 
 
 def execute(arguments, cwd, **environment):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -17,6 +18,7 @@ from dlrm_jax import distributed
 from dlrm_jax.cluster import Cluster, NothingToDo, from_environment
 from dlrm_jax.distributed import LOST, STUCK
 from dlrm_jax.spec import SpecError
+from tests.helpers import free_port, ours
 
 # Without what JAX, imported by other tests, has put there.
 ENVIRON = {name: value for name, value in os.environ.items() if name != 'TF_CPP_MIN_LOG_LEVEL'}
@@ -26,11 +28,6 @@ TOO_LATE = 30  # seconds, in which all must have ended after one was lost
 def tf_config(kind='worker', index=0, **cluster):
   cluster = cluster or {'chief': ['a:1'], 'worker': ['b:2', 'c:3'], 'ps': ['d:4']}
   return {'TF_CONFIG': json.dumps({'cluster': cluster, 'task': {'type': kind, 'index': index}})}
-
-
-def ours(coordinator='h:9', processes='4', index='2'):
-  values = {'DLRM_COORDINATOR': coordinator, 'DLRM_NUM_PROCESSES': processes, 'DLRM_PROCESS_ID': index}
-  return {name: value for name, value in values.items() if value is not None}
 
 
 @pytest.mark.parametrize(
@@ -106,16 +103,21 @@ def test_who_has_nothing_to_do_is_told_why_and_ends_well(kind, repository):
   assert 'nothing to do' in done.stderr
 
 
-def test_a_wrong_cluster_ends_the_program_with_code_2(repository):
-  arguments = [sys.executable, '-m', 'dlrm_jax.main', '--config=configs/base.py']
-  done = subprocess.run(arguments, cwd=repository, env=os.environ | ours(index='9'), capture_output=True, check=False)
-  assert (done.returncode, done.stdout, done.stderr.count(b'\n')) == (2, b'', 1)
-
-
-def free_port():
-  with socket.socket() as probe:
-    probe.bind(('127.0.0.1', 0))
-    return probe.getsockname()[1]
+@pytest.mark.parametrize(
+  ('environ', 'fields', 'words'),
+  [
+    (ours(index='9'), [], 'DLRM_PROCESS_ID=9'),
+    (ours(processes='17'), [], 'config.data.streams=16 cannot serve 17 processes.*streams=17 or more'),
+    (ours(), ['data.workqueue=True', 'batch_size=3'], 'config.batch_size=3 cannot be shared by 4 processes'),
+  ],
+)
+def test_a_wrong_cluster_ends_the_program_with_code_2(repository, environ, fields, words):
+  arguments = [sys.executable, '-m', 'dlrm_jax.main', '--config=configs/base.py', *(f'--config.{f}' for f in fields)]
+  done = subprocess.run(
+    arguments, cwd=repository, env=os.environ | environ, capture_output=True, text=True, check=False
+  )
+  assert (done.returncode, done.stdout, done.stderr.count('\n')) == (2, '', 1)
+  assert re.search(words, done.stderr)
 
 
 class Toys:

@@ -17,7 +17,7 @@ from dlrm_jax.checkpoint.full import Checkpoints
 from dlrm_jax.embeddings import directory as directories
 from dlrm_jax.native import build
 from dlrm_jax.program import make_program
-from tests.helpers import SMALL, devices, execute, result, small_spec
+from tests.helpers import SMALL, devices, execute, free_port, ours, result, small_command, small_spec
 
 needs_kernels = pytest.mark.skipif(not build.load().ready, reason=build.load().note)
 CUT = {'embedding.shard_mb': 0.0, 'data.shuffle_rows': 0, 'log_every': 1}
@@ -164,6 +164,33 @@ def test_the_work_queue_of_several_processes_brings_every_row(criteo, tmp_path, 
   assert (position['epoch'], position['position']) == (2, 0)
   assert result(out)['step'] == int(state.step) >= 38
   assert result(out)['auc'] > 0.7
+
+
+def test_a_bad_row_in_one_process_of_a_work_queue_is_told_once_by_each(criteo, tmp_path, repository):
+  lines = (criteo / 'train.csv').read_text().splitlines(keepends=True)
+  lines[555] = lines[555].replace(',', ',x', 1)
+  (tmp_path / 'train.csv').write_text(''.join(lines))
+  fields = {'data__workqueue': True, 'data__slice_rows': 50, 'no_eval': True}
+  code, out, err = execute(launched(tmp_path, tmp_path / 'run', 2, **fields), repository)
+  assert (code, out) == (1, '')
+  assert 'Traceback' not in err
+  assert all(re.search(rf'\[{index}\] error: .*train.csv, line 556, field I1: found', err) for index in (0, 1)), err
+
+
+def test_processes_that_see_other_data_say_so(criteo, tmp_path, repository):
+  """Each would wait for batches that the other does not have."""
+  lines = (criteo / 'train.csv').read_text().splitlines(keepends=True)
+  where, started = f'127.0.0.1:{free_port()}', []
+  for index, rows in enumerate((600, 400)):
+    (tmp_path / str(index)).mkdir()
+    (tmp_path / str(index) / 'train.csv').write_text(''.join(lines[:rows]))
+    command = small_command(tmp_path / str(index), tmp_path / 'result', no_eval=True)
+    environ = os.environ | ours(where, '2', str(index))
+    started.append(subprocess.Popen(command, cwd=repository, env=environ, stderr=subprocess.PIPE, text=True))
+  for process in started:
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert re.search(r'error: .*config.data.train has [46]00 rows in process [01] and [46]00 in process [01]', err), err
 
 
 @pytest.mark.slow

@@ -2,11 +2,15 @@
 
 import csv
 import re
+import sys
 
 from dlrm_jax.data.schema import COLUMNS, INTEGERS, LABEL
 
-_NUMBER = re.compile(r'[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?')
-_INTEGER = re.compile(r'-?\d+')
+_NUMBER = re.compile(r'[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?')
+_INTEGER = re.compile(r'-?[0-9]+')
+_BLANKS = ' \t'  # that Arrow's reader leaves out around a number
+
+csv.field_size_limit(sys.maxsize)  # Arrow has none
 
 _EXPECTED = f'expected {len(COLUMNS)} columns separated by commas: {LABEL}, I1 to I13, C1 to C26'
 
@@ -39,7 +43,12 @@ def fault(line: bytes, first: bool = False, cut: bool = False) -> str | None:
   try:
     fields = next(csv.reader([text], strict=True))
   except csv.Error as error:
-    return f'field {last}: found a quote that does not close on this line ({error})'
+    if '\r' in text:
+      return f'field {last}: found a carriage return inside the line; a line ends with a line feed'
+    if not text.count('"') % 2:
+      fields = next(csv.reader([text]))  # something follows a closing quote, which Arrow's reader takes, too
+    else:
+      return f'field {last}: found a quote that does not close on this line ({error})'
   return _bad_fields(fields, first, cut)
 
 
@@ -66,22 +75,19 @@ def _bad_fields(fields: list[str], first: bool, cut: bool) -> str | None:
         'it was cut off: copy it again or remove its last line'
       )
     return f'field {name}: found {len(fields)} columns, {_EXPECTED}'
-  label = fields[0].strip()
-  numbers = [field.strip() for field in fields[1 : 1 + len(INTEGERS)]]
+  label, *numbers = (field.strip(_BLANKS) for field in fields[: 1 + len(INTEGERS)])
   if first and all(field and not _NUMBER.fullmatch(field) for field in (label, *numbers)):
     return f'field label: found a header line ({label}, {numbers[0]}, ...); remove it: the file must not have one'
   if not _NUMBER.fullmatch(label) or float(label) not in (0, 1):
     return f'field label: found {fields[0][:40]!r}, expected 0 or 1; correct or remove the row'
-  for name, field in zip(INTEGERS, numbers, strict=True):
-    problem = _bad_integer(field)
+  for name, field, number in zip(INTEGERS, fields[1:], numbers, strict=False):
+    problem = _bad_integer(number) if field else None
     if problem:
       return f'field {name}: found {field[:40]!r}, {problem}; correct or remove the row'
   return None
 
 
 def _bad_integer(field: str) -> str | None:
-  if not field:
-    return None
   if not _NUMBER.fullmatch(field):
     return 'which is no number; expected an integer or nothing'
   if _INTEGER.fullmatch(field):

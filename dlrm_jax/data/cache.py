@@ -151,9 +151,9 @@ def _load(cache: str, stamp: dict[str, int | str]) -> list[CachedRows]:
     if not reader.schema.equals(_SCHEMA):
       raise _UnfitError(f'{cache} is damaged (its schema is wrong)')
     batches = [_checked(cache, *reader.get_batch_with_custom_metadata(i)) for i in range(reader.num_record_batches)]
-  except (pa.ArrowException, OSError, ValueError) as error:
+    rows = int(reader.schema.metadata[b'rows'])
+  except (pa.ArrowException, OSError, KeyError, ValueError) as error:
     raise error if isinstance(error, _UnfitError) else _UnfitError(f'{cache} is damaged ({error})') from error
-  rows = int(reader.schema.metadata[b'rows'])
   if rows != sum(batch.rows for batch in batches):
     raise _UnfitError(f'{cache} is damaged (rows are missing)')
   return batches

@@ -7,6 +7,7 @@ where that refuses is the range looked at line by line (`bad_rows`).
 import dataclasses
 import logging
 import os
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +26,9 @@ PARSE_BYTES = 1 << 18
 
 # Lines that are checked before training starts.
 CHECKED_LINES = 100
+
+# A number that begins as hexadecimal ones do, which Arrow's reader would take in a range of whole numbers only.
+_HEXADECIMAL = re.compile(rb'^(?:[^,\n]*,){0,13}[ \t"+-]*0[xX]', re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,43 +53,54 @@ class CsvFile:
     """Rows [start, stop); raises `DataError` at a bad row, or marks it."""
     with open(self.path, 'rb', buffering=0) as file:
       if os.fstat(file.fileno()).st_size < self.size:
-        raise DataError(f'{self.path} has become shorter since its lines were counted; start again')
+        raise self._changed()
       begin = self._offset(file.fileno(), start)
       data = _pread(file.fileno(), begin, self._offset(file.fileno(), stop) - begin)
     plain = lines.parse(data, stop - start, MISSING_HASH) if self.native else None
     if plain:
       return Columns(plain.label, list(plain.integers), plain.missing, list(plain.hashes), np.ones(stop - start, bool))
-    # Arrow takes both of these as part of an id, a quote that does not close only at the end of what it is given.
-    odd = b'\0' in data or (b'"' in data and data.count(b'"') % 2)
-    columns = None if odd else _parse(data, stop - start)
-    return self._read_slowly(data, start, on_bad_row) if columns is None else to_columns(columns)
+    columns = None if _is_odd(data) else _parse(data, stop - start)
+    return self._read_slowly(data, start, stop, on_bad_row) if columns is None else to_columns(columns)
 
   def _offset(self, descriptor: int, row: int) -> int:
     """Where a row begins in the file."""
     if row in (0, self.rows):
       return self.size if row else 0
     block = int(np.searchsorted(self.newlines, row)) - 1
-    data = np.frombuffer(_pread(descriptor, block * BLOCK, BLOCK), np.uint8)
-    return block * BLOCK + int(np.flatnonzero(data == ord('\n'))[row - self.newlines[block] - 1]) + 1
+    begin = block * BLOCK
+    data = np.frombuffer(_pread(descriptor, begin, min(BLOCK, self.size - begin)), np.uint8)
+    ends = np.flatnonzero(data == ord('\n'))
+    if len(ends) != self.newlines[block + 1] - self.newlines[block]:
+      raise self._changed()
+    return begin + int(ends[row - self.newlines[block] - 1]) + 1
 
-  def _read_slowly(self, data: bytes, start: int, on_bad_row: str) -> Columns:
+  def _changed(self) -> DataError:
+    return DataError(f'{self.path} was changed since its lines were counted; start again')
+
+  def _read_slowly(self, data: bytes, start: int, stop: int, on_bad_row: str) -> Columns:
     """`read` for rows that Arrow refuses: finds the bad lines exactly and parses the others."""
     texts = data.removesuffix(b'\n').split(b'\n')
-    good = np.ones(len(texts), bool)
-    for i, line in enumerate(texts):
-      row = start + i
-      fault = bad_rows.fault(line, first=row == 0, cut=row == self.rows - 1 and not data.endswith(b'\n'))
-      if fault:
-        message = f'{self.path}, line {row + 1}, {fault}'
-        if on_bad_row == 'error':
-          raise DataError(f"{message} (or set data.on_bad_row='skip' to leave such rows out)")
-        if good.all():
-          logging.getLogger(__name__).warning('skipped: %s', message)
-        good[i] = False
-    columns = _parse(b''.join(line + b'\n' for line, ok in zip(texts, good, strict=True) if ok), int(good.sum()))
+    if len(texts) != stop - start:
+      raise self._changed()
+    cut = stop == self.rows and not data.endswith(b'\n')
+    faults = [
+      bad_rows.fault(line, first=start + i == 0, cut=cut and i == len(texts) - 1) for i, line in enumerate(texts)
+    ]
+    join = lambda: b''.join(line + b'\n' for line, fault in zip(texts, faults, strict=True) if not fault)
+    columns = _parse(join(), faults.count(None))
+    if columns is None:
+      faults = [fault or _refused(line) for line, fault in zip(texts, faults, strict=True)]
+      columns = _parse(join(), faults.count(None))
+    good = np.array([not fault for fault in faults])
+    if not good.all():
+      bad = int(np.argmin(good))
+      message = f'{self.path}, line {start + bad + 1}, {faults[bad]}'
+      if on_bad_row == 'error':
+        raise DataError(f"{message} (or set data.on_bad_row='skip' to leave such rows out)")
+      logging.getLogger(__name__).warning('skipped: %s', message)
     if columns is None:
       raise DataError(
-        f'{self.path}, lines {start + 1} to {start + len(texts)}: there is a field here that the CSV reader refuses; '
+        f'{self.path}, lines {start + 1} to {stop}: the CSV reader refuses them together, though each alone is good; '
         'write numbers as plain digits'
       )
     return spread(to_columns(columns), good)
@@ -125,6 +140,19 @@ def _check(indexed: CsvFile, head: bytes, tail: bytes, on_bad_row: str) -> None:
     fault = bad_rows.fault(tail.removesuffix(b'\n'), first=indexed.rows == 1, cut=cut)
     if fault:
       raise DataError(f'{indexed.path}, line {indexed.rows}, {fault}')
+
+
+def _is_odd(data: bytes) -> bool:
+  """Whether there may be something in it that Arrow takes, though it is not good."""
+  # A quote that does not close is taken as part of an id at the end of what Arrow is given.
+  if b'\0' in data or (b'"' in data and data.count(b'"') % 2):
+    return True
+  return (b'0x' in data or b'0X' in data) and _HEXADECIMAL.search(data) is not None
+
+
+def _refused(line: bytes) -> str | None:
+  """For a line in which `bad_rows` finds no fault, though one of those that it is read with has one."""
+  return None if _parse(line + b'\n', 1) else 'which the CSV reader refuses; write numbers as plain digits'
 
 
 def _pread(descriptor: int, offset: int, size: int) -> bytes:

@@ -41,8 +41,12 @@ class ParquetFile:
 
   def read(self, start: int, stop: int, on_bad_row: str) -> Columns:
     """Rows [start, stop); raises `DataError` at a bad row, or marks it."""
-    reader = self._take_reader(start)
-    columns = reader.read(start, stop)
+    try:
+      reader = self._take_reader(start)
+      columns = reader.read(start, stop)
+    except (pa.ArrowException, OSError, StopIteration) as error:
+      why = ' '.join(str(error).split())
+      raise DataError(f'{self.path} cannot be read, it is damaged or was changed ({why}); write it again') from error
     self._park(reader)
     numbers = [_number(column) for column in columns[: DENSE.stop]]
     faults = _faults(numbers)

@@ -128,7 +128,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
   parser.add_argument('--seed', type=int, default=0, help='of the rows; the ids and their effects are always the same')
   parser.add_argument('--processes', type=int, help='workers; the files do not depend on it (default: the processors)')
   args = parser.parse_args(argv)
-  args.eval_rows = args.rows // 4 if args.eval_rows is None else args.eval_rows
+  args.eval_rows = max(1, args.rows // 4) if args.eval_rows is None else args.eval_rows
   args.processes = len(usable_cores()) if args.processes is None else args.processes
   for name, low in (('rows', 1), ('eval_rows', 1), ('seed', 0), ('processes', 1)):
     if getattr(args, name) < low:

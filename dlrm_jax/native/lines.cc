@@ -48,7 +48,7 @@ bool AreWords(uint64_t eight) {
   return !(eight & kHigh) && !(~(eight + (0x80 - '-') * kEach) & kHigh);
 }
 
-bool IsPlain(char c) { return c > 0 && c != ',' && c != '"' && c != '\n' && c != '\r'; }
+bool IsPlain(char c) { return static_cast<int8_t>(c) > 0 && c != ',' && c != '"' && c != '\n' && c != '\r'; }
 
 struct Reader {
   const char *at, *end;

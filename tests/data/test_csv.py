@@ -118,6 +118,12 @@ FAULTS = {
   'label word': (lambda row: ['yes', *row[1:]], 'label', "found 'yes', expected 0 or 1"),
   'word': (lambda row: [*row[:5], 'abc', *row[6:]], 'I5', "found 'abc', which is no number"),
   'nan': (lambda row: [*row[:5], 'nan', *row[6:]], 'I5', "found 'nan', which is no number"),
+  'blank field': (lambda row: [*row[:5], ' ', *row[6:]], 'I5', "found ' ', which is no number"),
+  'hexadecimal': (lambda row: [*row[:5], '0x10', *row[6:]], 'I5', "found '0x10', which is no number"),
+  'hexadecimal label': (lambda row: ['0X1', *row[1:]], 'label', "found '0X1', expected 0 or 1"),
+  'other digits': (lambda row: [*row[:5], '٣', *row[6:]], 'I5', "found '٣', which is no number"),
+  'other blank': (lambda row: [*row[:5], '\xa05', *row[6:]], 'I5', r"found '\\xa05', which is no number"),
+  'carriage return': (lambda row: [*row[:39], 'a\rb'], 'C26', 'carriage return inside the line'),
   'too large': (lambda row: [*row[:13], str(2**63), *row[14:]], 'I13', 'does not fit 64 bits'),
   'too small': (lambda row: [*row[:1], str(-(2**63) - 1), *row[2:]], 'I1', 'does not fit 64 bits'),
   'infinite': (lambda row: [*row[:1], '1e400', *row[2:]], 'I1', 'does not fit 64 bits'),
@@ -240,12 +246,37 @@ def test_line_numbers_in_big_and_several_files(criteo, tmp_path):
     index.read(5000, 6000, criteo.spec(''))
 
 
-def test_file_that_became_shorter(criteo, tmp_path):
-  path = criteo.write(tmp_path / 'a.csv', criteo.rows(30))
+@pytest.mark.parametrize('on_bad_row', ['error', 'skip'])
+@pytest.mark.parametrize('native', [True, False])
+def test_file_that_was_changed(criteo, tmp_path, native, on_bad_row):
+  file, line = tmp_path / 'a.csv', ','.join(['1', *13 * ['5'], *26 * ['a']]) + '\n'
+  index = index_files(criteo.write(file, criteo.rows(300)), '', on_bad_row, native)
+  size = file.stat().st_size
+  for text in (300 * line, size // len(line) * line + size % len(line) * ' '):  # a smaller one, and one as large
+    file.write_text(text)
+    for start, stop in [(0, 100), (0, 300), (50, 60), (299, 300)]:
+      with pytest.raises(DataError, match=r'a\.csv was changed since its lines were counted; start again'):
+        index.read(start, stop, criteo.spec('', on_bad_row=on_bad_row))
+
+
+def test_file_that_grew_is_read_as_it_was(criteo, tmp_path):
+  rows = criteo.rows(60)
+  path = criteo.write(tmp_path / 'a.csv', rows[:30])
   index = index_files(path, '')
-  criteo.write(tmp_path / 'a.csv', criteo.rows(20))
-  with pytest.raises(DataError, match='has become shorter'):
-    index.read(0, 10, criteo.spec(''))
+  criteo.write(tmp_path / 'a.csv', rows)
+  found = index.read(10, 30, criteo.spec('')).view(np.float32)
+  np.testing.assert_array_equal(found[:, 0], criteo.expected(rows[10:30])[0])
+
+
+def test_rows_that_only_python_would_refuse(criteo, tmp_path):
+  """They are good beside bad ones, too."""
+  rows = criteo.rows(20)
+  plain = [list(row) for row in rows]
+  rows[3][20], plain[3][20] = '"ab"c', 'abc'
+  rows[4][21] = plain[4][21] = 'x' * 200_000
+  rows[19][0] = 'bad'
+  found = read(criteo.write(tmp_path / 'a.csv', rows), criteo.spec('', on_bad_row='skip'))
+  assert_reads_as([part[:19] for part in found], criteo.expected(plain[:19]))
 
 
 FIELDS = st.sampled_from(
@@ -269,6 +300,15 @@ FIELDS = st.sampled_from(
     '-',
     '1_000',
     'a"b',
+    ' ',
+    '\t',
+    '0x1',
+    '-0x1',
+    ' 0X1',
+    '٣',
+    '\xa05',
+    '\x0b5',
+    '"a"b',
   ]
 )
 
@@ -285,5 +325,8 @@ def test_what_arrow_refuses_has_a_name_and_nothing_else(criteo, tmp_path_factory
   alone = read(criteo.write(folder / 'a.csv', rows), spec)
   rows[2][0] = 'bad'
   beside = read(criteo.write(folder / 'b.csv', rows), spec)
-  for one, two in zip(alone, beside, strict=True):
+  rows[2][:3] = '1', '1.5', '1'
+  fraction = read(criteo.write(folder / 'c.csv', rows), spec)
+  for one, two, three in zip(alone, beside, fraction, strict=True):
     np.testing.assert_array_equal(one[:2], two[:2])
+    np.testing.assert_array_equal(one[:2], three[:2])

@@ -193,6 +193,16 @@ def test_bad_schema(rows, tmp_path, change, words):
     index_files('a.parquet', str(tmp_path))
 
 
+@pytest.mark.parametrize('damage', [lambda data: data[: len(data) // 2], lambda data: data[:4] + bytes(len(data) - 4)])
+def test_a_file_that_was_damaged_or_changed(criteo, rows, tmp_path, damage):
+  path = tmp_path / 'a.parquet'
+  pq.write_table(table(rows), path)
+  index = index_files('a.parquet', str(tmp_path))
+  path.write_bytes(damage(path.read_bytes()))
+  with pytest.raises(DataError, match=r'a\.parquet cannot be read, it is damaged or was changed \(.*\); write'):
+    index.read(0, 400, criteo.spec(''))
+
+
 @pytest.mark.parametrize('content', [b'', b'0,1,2\n', b'PAR1 but cut off'])
 def test_no_parquet_file(tmp_path, content):
   (tmp_path / 'a.parquet').write_bytes(content)

@@ -240,6 +240,11 @@ def test_a_wrong_argument_ends_in_one_line(arguments, says):
   assert '\n' not in str(error.value)
 
 
+def test_one_row_has_one_to_evaluate(tmp_path):
+  synthetic.main(['--rows', '1', '--out', str(tmp_path), '--processes', '1'])
+  assert [(tmp_path / f'{name}.csv').read_text().count('\n') for name in ('train', 'eval')] == [1, 1]
+
+
 def test_a_stopped_run_leaves_no_finished_file(tmp_path, monkeypatch):
   def fail(*_):
     raise OSError('disk full')
