@@ -6,7 +6,7 @@ All of it at fixed steps, from nothing but the state: a resumed run does what an
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -183,37 +183,54 @@ def grown_parts(table: Table, known: Vocabulary, parts: tuple[str, ...]) -> tupl
   return table, known
 
 
-def moved(program: Program, state: TrainState) -> tuple[TrainState, int]:
-  """The state with its ids in directories of the capacity that the program's spec names; how many found no place."""
+def moved(program: Program, state: TrainState, parts: Collection[str]) -> tuple[TrainState, int]:
+  """The state with the ids of some `PARTS` in directories of the capacity that the program's spec names, or as often
+  twice that as they need; and how many found no place all the same."""
+  embeddings = dataclasses.replace(program.embeddings, axis=ALONE)
+  rows = {}
+  for name, old in state.known.items():
+    new = jax.eval_shape(functools.partial(embeddings.vocabulary, name, embeddings.first_rows(name)))
+    for part, now, first in (('table', old.directory, new.directory), ('filter', old.filter, new.filter)):
+      if part in parts:
+        rows[name, part] = directories.rows_of(first)
+        while int(now.used) > directories.FULL_LOAD * rows[name, part]:
+          rows[name, part] *= 2
   place = state_placing(program)
-  move = jax.jit(functools.partial(_moved, program), out_shardings=place and (place.tables, place.known, None))
+  out = place and (place.tables, place.known, None)
+  move = jax.jit(functools.partial(_moved, program, embeddings, rows), out_shardings=out)
   tables, known, lost = move(state.tables, state.known)
   return state.replace(tables=state.tables | tables, known=known), int(lost)
 
 
 def _moved(
-  program: Program, old_tables: dict[str, Table], old_known: dict[str, Vocabulary]
+  program: Program,
+  embeddings: Any,
+  rows: dict[tuple[str, str], int],
+  old_tables: dict[str, Table],
+  old_known: dict[str, Vocabulary],
 ) -> tuple[dict[str, Table], dict[str, Vocabulary], Array]:
-  spec, embeddings = program.spec.embedding, dataclasses.replace(program.embeddings, axis=ALONE)
-  tables, known, lost = dict(old_tables), {}, jnp.zeros((), jnp.int32)
+  """With what is in `rows`, of so many: (table, part)."""
+  spec, tables, known, lost = program.spec.embedding, dict(old_tables), dict(old_known), jnp.zeros((), jnp.int32)
   for name, old in old_known.items():
-    new = embeddings.vocabulary(name, embeddings.first_rows(name))
-    directory, row = directories.insert(new.directory, directories.entries(old.directory))
-    lost += old.directory.used - directory.used
-    table = make_table(directories.rows_of(directory), spec.dim, embeddings.tx, spec.dtype)
-    # Where an entry was free, the row is past the end.
-    shift = lambda leaf, empty, row=row: xla_write(empty, row, leaf) if leaf.ndim else leaf
-    table = table.replace(**{
-      part: jax.tree.map(shift, getattr(old_tables[name], part), getattr(table, part)) for part in ('value', 'slots')
-    })  # fmt: skip
-    remembered = old.filter
-    if isinstance(remembered, Directory):
-      remembered, _ = directories.insert(new.filter, directories.entries(old.filter))
+    if (name, 'table') in rows:
+      new = embeddings.vocabulary(name, rows[name, 'table'])
+      directory, row = directories.insert(new.directory, directories.entries(old.directory))
+      lost += old.directory.used - directory.used
+      table = make_table(directories.rows_of(directory), spec.dim, embeddings.tx, spec.dtype)
+      # Where an entry was free, the row is past the end.
+      shift = lambda leaf, empty, row=row: xla_write(empty, row, leaf) if leaf.ndim else leaf
+      tables[name] = table.replace(**{
+        part: jax.tree.map(shift, getattr(old_tables[name], part), getattr(table, part)) for part in ('value', 'slots')
+      })  # fmt: skip
+      widths = old.widths and old.widths.replace(
+        mean=shift(old.widths.mean, new.widths.mean), counted=shift(old.widths.counted, new.widths.counted)
+      )
+      known[name] = known[name].replace(directory=directory, widths=widths)
+    if (name, 'filter') in rows:
+      empty = directories.make_directory(rows[name, 'filter'])
+      remembered, _ = directories.insert(empty, directories.entries(old.filter))
       lost += old.filter.used - remembered.used
-    widths = old.widths and old.widths.replace(
-      mean=shift(old.widths.mean, new.widths.mean), counted=shift(old.widths.counted, new.widths.counted)
-    )
-    tables[name], known[name] = table, old.replace(directory=directory, filter=remembered, widths=widths)
+      known[name] = known[name].replace(filter=remembered)
   return tables, known, lost
 
 

@@ -199,6 +199,24 @@ def test_ids_keep_their_vectors_in_another_capacity(criteo, tmp_path, name):
   np.testing.assert_array_equal(one, other)
 
 
+def test_another_capacity_moves_nothing_else_and_has_room_for_all(criteo, tmp_path):
+  fields = VARIABLES | COUNTER | {'checkpoint': str(tmp_path / 'c'), 'embedding__admission__threshold': 2}
+  fields |= {'steps': 60, 'model__top_mlp': (8,)}
+  spec = small_spec(criteo, tmp_path, **fields)
+  train.run(spec)
+  old = saved(tmp_path / 'c', spec)
+  rows = lambda state: [directories.rows_of(getattr(state.known['fused'], part)) for part in ('directory', 'filter')]
+  assert rows(old)[0] > 512
+  for name, value in (('embedding__admission__expected_ids', 9000), ('embedding__rows', 1024)):
+    new = saved(tmp_path / 'c', small_spec(criteo, tmp_path, **fields | {name: value}))
+    same, other = ('directory', 'filter') if 'admission' in name else ('filter', 'directory')
+    pairs = [(getattr(state.known['fused'], same), state.tables if same == 'directory' else 0) for state in (old, new)]
+    jax.tree.map(np.testing.assert_array_equal, *pairs)
+    assert getattr(new.known['fused'], other).used == getattr(old.known['fused'], other).used
+    assert_whole(new.known)
+  assert rows(new) == rows(old)  # 1024 are too few
+
+
 def test_a_checkpoint_of_another_filter_is_one_line(criteo, tmp_path):
   spec = small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'c'), steps=3, **VARIABLES | COUNTER)
   train.run(spec)

@@ -5,7 +5,6 @@ what changed since.
 """
 
 import dataclasses
-import functools
 import logging
 import time
 from collections.abc import Callable
@@ -326,18 +325,18 @@ def as_saved(template: TrainState, metadata: Any, where: str) -> TrainState:
 
 
 def resized(program: Program, state: TrainState, saved: dict[str, Any]) -> TrainState:
-  """The state with tables of the configured capacity, if another one was configured when it was saved.
+  """The state with directories of the configured capacity, where another one was configured when it was saved.
 
-  Otherwise directories stay as large as they had grown, so that a resumed run equals an unstopped one.
+  Otherwise they stay as large as they had grown, so that a resumed run equals an unstopped one.
   """
-  embedding, fields = program.spec.embedding, [('rows',)]
-  if embedding.admission.name == 'counter':
-    fields.append(('admission', 'expected_ids'))
-  now = specs.to_dict(program.spec)['embedding']
-  then = lambda tree, path: functools.reduce(lambda part, name: part[name], path, tree)
-  if not state.known or all(then(now, path) == then(saved['embedding'], path) for path in fields):
+  now, then = specs.to_dict(program.spec)['embedding'], saved['embedding']
+  changed = {'table': now['rows'] != then['rows']}
+  if now['admission']['name'] == 'counter':
+    changed['filter'] = now['admission']['expected_ids'] != then['admission']['expected_ids']
+  parts = [part for part, is_changed in changed.items() if is_changed]
+  if not state.known or not parts:
     return state
-  state, lost = upkeep.moved(program, state)
+  state, lost = upkeep.moved(program, state, parts)
   if lost:
     logging.warning('%d ids of the checkpoint found no place in the directories of now', lost)
   return state

@@ -46,7 +46,7 @@ def check_same_model(saved: dict[str, Any], current: dict[str, Any], where: str)
       continue
     if name.startswith('embedding.multi_hash') and current['embedding.kind'] != 'multi_hash':
       continue
-    if name == 'embedding.buckets' and current['embedding.kind'] == 'dynamic':
+    if name in ('embedding.buckets', 'embedding.shard_mb') and current['embedding.kind'] == 'dynamic':
       continue
     of_model = any(name == field or name.startswith(field + '.') for field in MODEL_FIELDS)
     if of_model and name not in FREE_FIELDS and saved.get(name) != current[name]:
