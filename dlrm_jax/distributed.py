@@ -44,10 +44,13 @@ class LeftError(RuntimeError):
 
 
 class Members:
-  """This process among those of its run: ends it for a reason that all learn, and stops all after the same step."""
+  """This process among those of its run: ends it for a reason that all learn, and stops all after the same step.
 
-  def __init__(self, index: int = 0) -> None:
-    self.index, self.processes = index, 1
+  `is_program`: whether the process is the run's own, which may be ended from any thread.
+  """
+
+  def __init__(self, index: int = 0, is_program: bool = False) -> None:
+    self.index, self.processes, self.is_program = index, 1, is_program
     self.client: Any = None  # of JAX's coordination service
     self.peers: Peers | None = None
     self._begun = 0  # how often rounds were begun
@@ -69,8 +72,8 @@ class Members:
     return Watchdog(limit, lambda line: self.end(line, STUCK), Path(file) if file else None)
 
   def fail(self, error: object, code: int) -> int:
-    """One line on stderr. One process alone gets the code back; among others it ends here, and they with it."""
-    if self.peers:
+    """One line on stderr. The run's own process ends here, and the others with it; else the code is given back."""
+    if self.is_program:  # nothing that is still open has its say at exit
       self.end(str(error), code)
     print(f'error: {error}', file=sys.stderr)
     return code
@@ -161,7 +164,7 @@ def joined(cluster: Cluster | None, protocol: str) -> Iterator[Members]:
 
   Whatever goes wrong in between ends this process and the others: one line on stderr, an exit code other than 0.
   """
-  members = Members(cluster.index if cluster else 0)
+  members = Members(cluster.index if cluster else 0, is_program=True)
   if cluster is None:
     yield members
     return
@@ -233,8 +236,11 @@ def _bind_address(coordinator: str) -> str:
   """Where the service listens: on all addresses of the machine, unless only this machine can reach the coordinator."""
   host, port = address(coordinator, 'coordinator')
   local = host in ('localhost', '::1') or host.startswith('127.')
+  # Both are tried first, since jaxlib 0.10.2 often crashes where the port is taken. It shares the port, as the launcher
+  # does that holds it, so that another run's service there must be asked for.
+  with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=1):
+    raise ClusterError(f'process 0 cannot listen on {coordinator}: another program does; choose a port that is free')
   try:
-    # Tried first, since jaxlib 0.10.2 often crashes where the port is taken. Shared, as the launcher holds it.
     with socket.socket(socket.AF_INET6 if host == '::1' else socket.AF_INET) as probe:
       probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
       probe.bind((host if local else '', port))

@@ -6,6 +6,7 @@ program's. SIGTERM and SIGINT go to all of them, which stop after the same step,
 """
 
 import argparse
+import contextlib
 import ctypes
 import itertools
 import os
@@ -23,7 +24,8 @@ from dlrm_jax.distributed import LOST
 
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL, when another process has failed
 SAVING = 120.0  # seconds that the others have to end by themselves, when all were asked to stop
-WRONG_COMMAND = 2  # an exit code that a restart cannot change
+# Exit codes after which nothing is started again: done, a wrong command, and asked to stop, by whoever it was.
+FINAL = (0, 2, 128 + signal.SIGTERM, 128 + signal.SIGINT)
 PR_SET_PDEATHSIG = 1
 
 
@@ -46,7 +48,7 @@ def main(argv: list[str]) -> int:
 
 def say(line: str) -> None:
   """A line of the launcher's own."""
-  print(f'launch: {line}', file=sys.stderr, flush=True)
+  write(b'launch: %b\n' % line.encode())
 
 
 class Launcher:
@@ -66,7 +68,7 @@ class Launcher:
       if restart:
         say(f'restart {restart} of {max_restarts}')
       code = self._run_once()
-      if code in (0, WRONG_COMMAND) or self._asked:
+      if code in FINAL or self._asked:
         break
     return code
 
@@ -154,7 +156,13 @@ def prepare_child(cores: list[int], parent: int) -> None:
 def pass_on(stream: IO[bytes], index: int) -> None:
   """Each line to stderr, with the number of its process."""
   for line in stream:
-    os.write(2, b'[%d] %b' % (index, line if line.endswith(b'\n') else line + b'\n'))
+    write(b'[%d] %b' % (index, line if line.endswith(b'\n') else line + b'\n'))
+
+
+def write(line: bytes) -> None:
+  """To stderr. If nobody reads it any more, the run goes on all the same."""
+  with contextlib.suppress(OSError):
+    os.write(2, line)
 
 
 def how(code: int) -> str:

@@ -23,8 +23,17 @@ def setup_logging(process: int = 0) -> None:
   form = {'format': f'%(asctime)s {who}%(message)s', 'datefmt': '%H:%M:%S'}
   level = logging.WARNING if process else logging.INFO
   logging.basicConfig(level=level, stream=sys.stderr, force=True, **form)
-  for name in ('absl', 'jax', 'orbax', 'tensorboardX', 'grain'):
+  for name in ('jax', 'tensorboardX', 'grain'):
     logging.getLogger(name).setLevel(logging.WARNING)
+  for name in ('absl', 'orbax'):  # what goes wrong in Orbax it raises as well, and is told in one line
+    logging.getLogger(name).setLevel(logging.CRITICAL)
+  sys.unraisablehook = _show_unraisable
+
+
+def _show_unraisable(what: Any) -> None:
+  # When one of its writes has failed, tensorstore's threads have this for each of the others.
+  if str(what.exc_value) != 'Event loop is closed':
+    sys.__unraisablehook__(what)
 
 
 class Records:

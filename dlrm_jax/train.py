@@ -32,6 +32,7 @@ from dlrm_jax.step import jit_predict
 from dlrm_jax.stretches import Stretches, jit_train_stretch, stack_size
 from dlrm_jax.structs import Batch, TrainState
 from dlrm_jax.upkeep import PEAK, Upkeep, bytes_of, numbers_of, per_column
+from dlrm_jax.watchdog import Watchdog
 
 # Compilation and the first window of data fall into these; samples_per_second leaves them out.
 WARMUP_STEPS = 20
@@ -56,6 +57,7 @@ class Run:
   program: Program
   sources: Sources
   members: Members
+  watchdog: Watchdog
   checkpoints: Checkpoints
   records: Records
   predict: Callable[[TrainState, Batch], tuple[Array, Array, Array]]
@@ -87,32 +89,41 @@ def run(spec: Spec, members: Members | None = None) -> None:
   `members` is this process among those of the run; None: there is no other.
   """
   members = members or Members()
-  data = sources.open_sources(spec)  # first, since bad data is the most common mistake
-  sources.check_everywhere(data)
-  program = make_program(spec, all_devices())
-  logging.info('%s', program.native.note)
-  folder = run_folder(spec)
-  with Checkpoints(folder / 'checkpoints', spec.keep_checkpoint_max) as checkpoints:
-    state, step, position = restore_or_init(program, data, checkpoints)
+  with members.watchdog(spec.watchdog_seconds) as watchdog, watchdog.paused():
+    data = sources.open_sources(spec)  # first, since bad data is the most common mistake
+    sources.check_everywhere(data)
+    program = make_program(spec, all_devices())
+    logging.info('%s', program.native.note)
+    folder = run_folder(spec)
+    write_failed = lambda line: members.is_program and members.end(line, 1)
+    with Checkpoints(folder / 'checkpoints', spec.keep_checkpoint_max, write_failed) as checkpoints:
+      state, step, position = restore_or_init(program, data, checkpoints)
+      if is_first():
+        (folder / 'config.json').write_text(json.dumps(specs.to_dict(spec), indent=2) + '\n')
+      with Records(folder if is_first() else None, step) as records:
+        predict = jit_predict(program)
+        job = Run(program, data, members, watchdog, checkpoints, records, predict, state, step, position)
+        del state  # the job owns it now: a second reference would keep the first tables alive
+        evaluation = train_and_evaluate(job)
     if is_first():
-      (folder / 'config.json').write_text(json.dumps(specs.to_dict(spec), indent=2) + '\n')
-    with Records(folder if is_first() else None, step) as records:
-      job = Run(program, data, members, checkpoints, records, jit_predict(program), state, step, position)
-      del state  # the job owns it now: a second reference would keep the first tables alive
-      if spec.embedding.kind in specs.KEYED and job.last_step >= specs.MOST_STEPS:
-        raise TrainingError(
-          f'the run would end at step {job.last_step}, and directories of ids count less than {specs.MOST_STEPS}; set '
-          'config.steps or config.epochs lower'
-        )
-      if step >= job.last_step:
-        logging.info('already at step %d, the run was to end at step %d: nothing to train', step, job.last_step)
-      else:
-        train(job)
-        job.save()
-        checkpoints.wait()  # before the evaluation, which may take long and be cut off
-      evaluation = {} if spec.no_eval else evaluation_of(job)
-  if is_first():
-    print_result(job, evaluation, folder)
+      print_result(job, evaluation, folder)
+
+
+def train_and_evaluate(run: Run) -> Scalars:
+  """What is left of a run, and the metrics at its end, if they are asked for."""
+  spec = run.spec
+  if spec.embedding.kind in specs.KEYED and run.last_step >= specs.MOST_STEPS:
+    raise TrainingError(
+      f'the run would end at step {run.last_step}, and directories of ids count less than {specs.MOST_STEPS}; set '
+      'config.steps or config.epochs lower'
+    )
+  if run.step >= run.last_step:
+    logging.info('already at step %d, the run was to end at step %d: nothing to train', run.step, run.last_step)
+  else:
+    train(run)
+    run.save()
+    run.checkpoints.wait()  # before the evaluation, which may take long and be cut off
+  return {} if spec.no_eval else evaluation_of(run)
 
 
 def is_first() -> bool:
@@ -122,7 +133,7 @@ def is_first() -> bool:
 
 def train(run: Run) -> None:
   """The training loop. Stopped, after a checkpoint, if a signal asked for it."""
-  spec, step_fn, upkeep = run.spec, jit_train_stretch(run.program), Upkeep(run.program)
+  spec, watchdog, step_fn, upkeep = run.spec, run.watchdog, jit_train_stretch(run.program), Upkeep(run.program)
   watch, meter, metrics, stop = Stopwatch(WARMUP_STEPS), Meter(), None, 0
   deltas = EverySeconds(spec.delta_seconds, run.step)
   with (
@@ -130,7 +141,7 @@ def train(run: Run) -> None:
       run.sources, spec, run.position, run.program.axis, run.members, stack_size(run.program)
     ) as batches,
     Progress(run.step, run.last_step, spec.batch_size, is_first()) as progress,
-    run.members.watchdog(spec.watchdog_seconds) as watchdog,
+    watchdog.resumed(),
     StopSignals() as signals,
   ):
     stretches = Stretches(batches)
@@ -224,13 +235,15 @@ def evaluation_of(run: Run) -> Scalars:
 
 def warn_of_skipped(rows: int, what: str) -> None:
   """Says how many bad rows were left out."""
-  if rows:
+  if rows and is_first():
     logging.warning('%d bad rows of the %s data were left out (data.on_bad_row=skip)', rows, what)
 
 
 def warn_if_useless(result: Scalars) -> None:
   """Says so when a model has learned nothing, which no other figure shows as plainly."""
   auc = result['auc']
+  if not is_first():
+    return
   if auc is None:
     logging.warning('no AUC: the evaluation data has rows of one class only, or the model returns no finite numbers')
   elif auc < 0.55:

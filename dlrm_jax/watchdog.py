@@ -49,6 +49,16 @@ class Watchdog:
       self._moved = True  # first, since the thread may look in between
       self._pauses -= 1
 
+  @contextlib.contextmanager
+  def resumed(self) -> Iterator[None]:
+    """For the steps inside of what is paused."""
+    self._moved = True
+    self._pauses -= 1
+    try:
+      yield
+    finally:
+      self._pauses += 1
+
   def _watch(self) -> None:
     still, touched, before = 0.0, -TOUCH, time.monotonic()
     while not self._closed.wait(TICK):

@@ -133,11 +133,13 @@ def _from_csv(program: Any, opened: Any, state: Any, samples: int) -> tuple[floa
   from dlrm_jax import train
   from dlrm_jax.distributed import Members
 
+  members = Members()
   position, steps = stretch(opened.train.rows, program.spec.batch_size, samples)
   job = train.Run(
     dataclasses.replace(program, spec=dataclasses.replace(program.spec, steps=steps)),
     opened,
-    Members(),
+    members,
+    members.watchdog(0),  # not begun
     checkpoints=None,  # is asked for at a signal only
     records=_NoRecords(),
     predict=None,

@@ -51,6 +51,11 @@ def small_command(data, output, *arguments, **fields):
   return command('configs/base.py', *arguments, **{**SMALL, 'data_location': data, 'output_dir': output, **fields})
 
 
+def with_small_files(arguments):
+  """The command where no file can be larger than 200 KB, as if the disk were full then."""
+  return ['sh', '-c', 'ulimit -f 400; exec "$@"', '-', *arguments]
+
+
 class Crash(Exception):
   """Of a run that `crashing` ends."""
 

@@ -125,7 +125,7 @@ class Toys:
 
   def __init__(self, folder, repository, count, *arguments, host='127.0.0.1', prefix=(), **environ):
     self.folder, self.processes = folder, []
-    where = f'{host}:{free_port()}'
+    self.where = where = f'{host}:{free_port()}'
     for index in range(count):
       command = [*(prefix[index] if prefix else ()), sys.executable, '-m', 'tests.toy', *map(str, arguments)]
       own = ours(where, str(count), str(index)) | environ
@@ -237,17 +237,28 @@ def test_without_an_mpi_library_the_protocol_is_one_line_and_code_2(repository):
   assert 'MPITRAMPOLINE_LIB' in done.stderr
 
 
+def assert_is_taken(where, repository):
+  done = subprocess.run(
+    [sys.executable, '-m', 'tests.toy', '1'], cwd=repository, env=ENVIRON | ours(where, '2', '0'), capture_output=True,
+    text=True, check=False, timeout=60,
+  )  # fmt: skip
+  assert done.returncode == 1
+  assert done.stderr.count('\n') == 1
+  assert 'choose a port that is free' in done.stderr
+
+
 def test_a_port_that_is_taken_is_one_line(repository):
   with socket.socket() as taken:
     taken.bind(('127.0.0.1', 0))
     taken.listen()
-    environ = ENVIRON | ours(f'127.0.0.1:{taken.getsockname()[1]}', '2', '0')
-    done = subprocess.run(
-      [sys.executable, '-m', 'tests.toy', '1'], cwd=repository, env=environ, capture_output=True, text=True, check=False
-    )
-  assert done.returncode == 1
-  assert done.stderr.count('\n') == 1
-  assert 'choose a port that is free' in done.stderr
+    assert_is_taken(f'127.0.0.1:{taken.getsockname()[1]}', repository)
+
+
+def test_a_run_leaves_another_on_the_same_port_alone(toys, repository):
+  run = toys(2, 300)
+  run.wait_for_step(10)
+  assert_is_taken(run.where, repository)
+  assert run.codes([0, 1], TOO_LATE) == [0, 0]
 
 
 def ip(*arguments):

@@ -127,10 +127,20 @@ def test_it_restarts_all_after_a_failure_and_gives_up_in_the_end(restarts, expec
   assert len({line.split()[-1] for line in err if line.startswith('[1] port')}) == starts
 
 
-def test_a_wrong_command_is_not_tried_again(repository):
-  exit_code, _, err = launched(repository, 2, 3, '-c', 'import sys; sys.exit(2)')
-  assert exit_code == 2
+@pytest.mark.parametrize('code', [2, 128 + signal.SIGTERM, 128 + signal.SIGINT])
+def test_a_wrong_command_and_one_that_was_asked_to_stop_are_not_tried_again(code, repository):
+  exit_code, _, err = launched(repository, 2, 3, '-c', f'import sys; sys.exit({int(code)})')
+  assert exit_code == code
   assert not [line for line in err if 'restart' in line]
+
+
+def test_the_run_goes_on_when_nobody_reads_what_it_says(repository):
+  code = INDEX + "print('first', file=sys.stderr, flush=True)\nfor i in range(5000): print('x' * 100, file=sys.stderr)"
+  with launch(repository, 2, 0, '-c', f"{code}\nif index == 0: print('done')") as process:
+    read_until(process.stderr, 'first')
+    process.stderr.close()
+    assert process.stdout.read() == 'done\n'
+    assert process.wait(20) == 0
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.helpers import command, execute, result, small_command
+from tests.helpers import command, execute, result, small_command, with_small_files
 from tests.test_train import STEPS, state_of
 
 
@@ -73,6 +73,14 @@ def test_bad_data_is_one_line_naming_file_line_and_field(train, words, criteo, t
   assert 'Traceback' not in err
   assert all(word in line for word in words), line
   assert not (tmp_path / 'out').exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(criteo, tmp_path, repository):
+  arguments = small_command(criteo, tmp_path, save_steps=5, **{'embedding.buckets': (5000,)})
+  code, out, err = execute(with_small_files(arguments), repository)
+  assert (code, out) == (1, '')
+  assert err.splitlines()[-1].startswith('error: a checkpoint cannot be written to ')
+  assert 'Traceback' not in err
 
 
 def test_a_missing_folder_is_one_line(tmp_path, repository):

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import time
 import warnings
 
 import jax
@@ -11,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore
 
-from dlrm_jax import train
+from dlrm_jax import train, watchdog
 from dlrm_jax.checkpoint import full
 from dlrm_jax.checkpoint.same_model import CheckpointError
 from dlrm_jax.data.schema import DataError
@@ -91,6 +92,25 @@ def test_stopped_and_resumed_gives_the_bits_of_an_unstopped_run(criteo, tmp_path
   assert_same(state_of(tmp_path / 'a', 30), state_of(tmp_path / 'b', 30))
   lines = [json.loads(line)['step'] for line in (tmp_path / 'b' / 'metrics.jsonl').read_text().splitlines()]
   assert lines == sorted(set(lines))
+
+
+def test_a_run_that_only_evaluates_is_alive_all_the_while(criteo, tmp_path, capsys, monkeypatch):
+  spec = small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'run'))
+  run(capsys, spec)
+  heartbeat = tmp_path / 'alive'
+  monkeypatch.setenv('DLRM_HEARTBEAT', str(heartbeat))
+  monkeypatch.setattr(watchdog, 'TICK', 0.01)
+  monkeypatch.setattr(watchdog, 'TOUCH', 0.01)
+  evaluation_of, before = train.evaluation_of, []
+
+  def slow(job):
+    before.append(heartbeat.stat().st_mtime_ns)
+    time.sleep(0.5)
+    return evaluation_of(job)
+
+  monkeypatch.setattr(train, 'evaluation_of', slow)
+  run(capsys, spec)
+  assert heartbeat.stat().st_mtime_ns > before[0] + 2e8
 
 
 def test_resuming_a_finished_run_says_so_and_evaluates(criteo, tmp_path, capsys, caplog):

@@ -25,13 +25,20 @@ def test_it_fires_before_the_first_step_too():
 def test_it_is_silent_while_steps_are_done_while_paused_and_when_off():
   lines = []
   with Watchdog(2, lines.append) as moving, Watchdog(2, lines.append) as paused, Watchdog(0, lines.append):
-    with paused.paused():
+    with paused.paused(), paused.resumed(), paused.paused():
       for step in range(10):
         time.sleep(0.5)
         moving.step_done(step)
     moving.step_done(10)
     time.sleep(1)  # a pause leaves a whole limit to the step after it
   assert lines == []
+
+
+def test_it_watches_what_is_resumed_inside_of_a_pause():
+  lines = []
+  with Watchdog(1, lines.append) as watchdog, watchdog.paused(), watchdog.resumed():
+    time.sleep(3.5)
+  assert len(lines) == 1
 
 
 def test_the_heartbeat_file_is_touched_while_steps_are_done_and_no_longer(tmp_path):

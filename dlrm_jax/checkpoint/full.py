@@ -4,10 +4,11 @@ Between whole ones there may be deltas (see delta.py), each of which stands for 
 what changed since.
 """
 
+import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,14 +51,17 @@ class Restored:
 class Checkpoints:
   """The checkpoints of one run, under `folder`/<step>, the newest `keep` of them. A context manager.
 
-  Those of what changed are under `folder`/deltas/<step>.
+  Those of what changed are under `folder`/deltas/<step>. `failed` is told in one line, on a thread of Orbax's, when a
+  write has failed in this process: Orbax would let all processes wait for each other for twenty minutes.
   """
 
-  def __init__(self, folder: Path, keep: int) -> None:
-    self.folder = folder.absolute()
-    self._whole = _manager(self.folder, keep)
+  def __init__(self, folder: Path, keep: int, failed: Callable[[str], object] = lambda line: None) -> None:
+    self.folder, self._tell = folder.absolute(), failed
+    self._has_failed = False
+    self._whole = self._manager(self.folder, keep)
     # Made when there is something to write or to read. All processes see the same: it is made in the middle of a run.
-    self._deltas = _manager(self.folder / DELTAS, DELTAS_KEPT) if of_first((self.folder / DELTAS).is_dir()) else None
+    has_deltas = of_first((self.folder / DELTAS).is_dir())
+    self._deltas = self._manager(self.folder / DELTAS, DELTAS_KEPT) if has_deltas else None
     self._base: Base | None = None
 
   def __enter__(self) -> 'Checkpoints':
@@ -65,7 +69,32 @@ class Checkpoints:
 
   def __exit__(self, *_: object) -> None:
     for manager in self._managers():
-      manager.close()
+      with contextlib.suppress(*(Exception,) if self._has_failed else ()):  # it would only raise the same again
+        manager.close()
+
+  def _manager(self, folder: Path, keep: int) -> ocp.CheckpointManager:
+    # Embeddings hardly compress: without compression a save takes a fifth of the time.
+    handlers = {'state': ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False)}
+    handlers |= {item: ocp.JsonCheckpointHandler() for item in ('position', 'config', 'digest', 'base')}
+    for handler in handlers.values():
+      _watch(handler, lambda error: self._tell(self._words(error)))
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+    return ocp.CheckpointManager(folder, item_handlers=handlers, options=options)
+
+  def _words(self, error: BaseException) -> str:
+    return (
+      f'a checkpoint cannot be written to {self.folder}: {first_line(error)[:300]}; once it can, the same command goes '
+      'on from the one before'
+    )
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Whatever goes wrong inside is a CheckpointError."""
+    try:
+      yield
+    except Exception as error:  # tensorstore, Orbax and the system have types of their own
+      self._has_failed = True
+      raise CheckpointError(self._words(error)) from error
 
   def _managers(self) -> list[ocp.CheckpointManager]:
     return [self._whole, self._deltas] if self._deltas else [self._whole]
@@ -79,10 +108,11 @@ class Checkpoints:
     step = int(state.step)
     if step in self._whole.all_steps():
       return
-    if self._deltas:
-      self._deltas.wait_until_finished()  # of two at once, Orbax's processes might not wait for the same
     tree = to_dict(state)
-    self._whole.save(step, args=_items(tree, tree, position, spec), force=True)
+    with self._writing():
+      if self._deltas:
+        self._deltas.wait_until_finished()  # of two at once, Orbax's processes might not wait for the same
+      self._whole.save(step, args=_items(tree, tree, position, spec), force=True)
     self._base = Base(step, delta.remembered(tree)) if spec.delta_seconds else None
 
   def save_changes(self, state: TrainState, position: dict[str, Any], spec: Spec) -> None:
@@ -98,18 +128,20 @@ class Checkpoints:
       return
     written, rows = changed
     items = _items(tree, written, position, spec, base=ocp.args.JsonSave({'step': base.step}))
-    self._deltas = self._deltas or _manager(self.folder / DELTAS, DELTAS_KEPT)
-    self._deltas.save(step, args=items, force=True)
+    with self._writing():
+      self._deltas = self._deltas or self._manager(self.folder / DELTAS, DELTAS_KEPT)
+      self._deltas.save(step, args=items, force=True)
     logging.info('step %d: a checkpoint of the %s rows that changed since step %d', step, f'{rows:,}', base.step)
 
   def wait(self) -> None:
     """Returns when everything saved is on the disk; raises what went wrong."""
-    for manager in self._managers():
-      manager.wait_until_finished()
-    newest = max(self.steps(), default=0)
-    for step in self._deltas.all_steps() if self._deltas else ():
-      if step <= newest:
-        self._deltas.delete(step)
+    with self._writing():
+      for manager in self._managers():
+        manager.wait_until_finished()
+      newest = max(self.steps(), default=0)
+      for step in self._deltas.all_steps() if self._deltas else ():
+        if step <= newest:
+          self._deltas.delete(step)
 
   def restore(self, program: Program) -> Restored | None:
     """The newest checkpoint that can be read; newer ones are put aside. None if there are no checkpoints at all.
@@ -152,12 +184,32 @@ class Checkpoints:
       manager.reload()
 
 
-def _manager(folder: Path, keep: int) -> ocp.CheckpointManager:
-  # Embeddings hardly compress: without compression a save takes a fifth of the time.
-  handlers = {'state': ocp.PyTreeCheckpointHandler(use_zarr3=True, use_compression=False)}
-  handlers |= {item: ocp.JsonCheckpointHandler() for item in ('position', 'config', 'digest', 'base')}
-  options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
-  return ocp.CheckpointManager(folder, item_handlers=handlers, options=options)
+@dataclasses.dataclass
+class _Watched:
+  """A write of Orbax's that tells when it has failed."""
+
+  future: Any
+  failed: Callable[[BaseException], object]
+
+  def result(self, timeout: float | None = None) -> Any:
+    try:
+      return self.future.result(timeout)
+    except Exception as error:
+      self.failed(error)
+      raise
+
+  def cancel(self) -> bool | None:
+    return self.future.cancel()
+
+
+def _watch(handler: ocp.AsyncCheckpointHandler, failed: Callable[[BaseException], object]) -> None:
+  """Has all that a handler writes in the background tell when it has failed."""
+  begin = handler.async_save
+
+  async def save(*args: Any, **kwargs: Any) -> list[_Watched]:
+    return [_Watched(future, failed) for future in await begin(*args, **kwargs) or ()]
+
+  handler.async_save = save
 
 
 def _items(tree: dict[str, Any], written: dict[str, Any], position: dict[str, Any], spec: Spec, **more: Any) -> Any:
@@ -345,4 +397,6 @@ def resized(program: Program, state: TrainState, saved: dict[str, Any]) -> Train
 def first_line(error: BaseException) -> str:
   """An exception in one line."""
   text = str(error).strip()
+  if 'No space left on device' in text:  # at the end of much else
+    return 'no space is left on the device'
   return text.splitlines()[0] if text else type(error).__name__
