@@ -139,8 +139,11 @@ def test_the_run_goes_on_when_nobody_reads_what_it_says(repository):
   with launch(repository, 2, 0, '-c', f"{code}\nif index == 0: print('done')") as process:
     read_until(process.stderr, 'first')
     process.stderr.close()
+    try:
+      assert process.wait(20) == 0
+    finally:
+      process.kill()
     assert process.stdout.read() == 'done\n'
-    assert process.wait(20) == 0
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
