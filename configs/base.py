@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
   # seconds between checkpoints of the table rows that changed since the last whole one, and of all that is no table;
   # 0: none. Takes 8 bytes of memory a row
   c.delta_seconds = 0.0
-  c.keep_checkpoint_max = 1  # newest whole checkpoints kept
+  c.keep_checkpoint_max = 1  # newest whole checkpoints kept; 0: all
   c.timeline = 0  # steps between jax.profiler traces of one step; 0: none
   c.smartstaged = True  # parse, hash and place batches in the background, ahead of the step
   c.op_fusion = True  # XLA's fusion passes; False only to see what they are worth

@@ -60,6 +60,7 @@ def parser() -> argparse.ArgumentParser:
   p.add_argument('--intra', type=int, default=0)
   p.add_argument('--input_layer_partitioner', type=int, default=8)
   p.add_argument('--dense_layer_partitioner', type=int, default=16)
+  p.add_argument('--deep_dropout', type=float)
   p.add_argument('--micro_batch', type=int, default=0)
   p.add_argument('--incremental_ckpt', type=int, default=0)
   p.add_argument('--protocol', default='grpc', choices=['grpc', 'grpc++', 'star_server'])
@@ -74,15 +75,22 @@ def parser() -> argparse.ArgumentParser:
 
 def get_config(flags: str = '') -> ConfigDict:
   """The experiment that these flags name."""
-  args = parser().parse_args(shlex.split(flags))
+  try:
+    words = shlex.split(flags)
+  except ValueError as error:
+    raise ValueError(f'configs/deeprec.py: {error} in {flags!r}') from None
+  args = parser().parse_args(words)
   config = base.get_config()
   same = ('data_location', 'steps', 'batch_size', 'output_dir', 'checkpoint', 'save_steps', 'seed', 'no_eval')
   for name in (*same, 'keep_checkpoint_max', 'timeline', 'inter', 'intra', 'smartstaged', 'op_fusion'):
     config[name] = getattr(args, name)
   config.batch_size *= _workers()
+  config.data.streams = max(config.data.streams, _workers())
   _transport(args.protocol)
+  if args.deep_dropout is not None:
+    logging.getLogger(__name__).warning('--deep_dropout has no effect here, as it has none in DeepRec')
   config.delta_seconds = float(args.incremental_ckpt)
-  config.micro_batch = max(1, args.micro_batch)
+  config.micro_batch = args.micro_batch or 1
   config.data.workqueue = args.workqueue
   config.optimizer.name = args.optimizer
   config.optimizer.learning_rate = args.learning_rate
@@ -123,11 +131,13 @@ EVERY = 1000
 
 def _embedding_variables(config: ConfigDict, args: argparse.Namespace) -> None:
   # There, filter and eviction are ignored without a word where no ids are known; and of the three kinds, one wins.
+  if args.tf:
+    return
   embedding, known = config.embedding, args.ev or args.adaptive_emb or args.dynamic_ev
   for name in ('ev_filter', 'ev_elimination'):
     if getattr(args, name) and not known:
       raise ValueError(f'configs/deeprec.py: --{name}={getattr(args, name)} needs --ev, --adaptive_emb or --dynamic_ev')
-  if args.tf or not known:
+  if not known:
     return
   if args.ev and args.adaptive_emb:
     raise ValueError('configs/deeprec.py: --ev gives every id a row, --adaptive_emb only frequent ones; leave one out')

@@ -4,8 +4,10 @@ import logging
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 
+import ml_collections
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -47,6 +49,8 @@ def main(argv: list[str]) -> int:
       train.run(spec, members)
     except (CheckpointError, DataError, train.TrainingError, OSError) as error:
       return members.fail(error, 1)
+    except MemoryError as error:
+      return members.fail(f'there is not enough memory: {error}', 1)
     except train.Stopped as error:
       print(error, file=sys.stderr)
       return 128 + error.number
@@ -65,6 +69,8 @@ def parse(argv: list[str]) -> ConfigDict:
     raise specs.SpecError(one_line(error)) from None
   except OSError as error:
     raise specs.SpecError(f'the config file cannot be read: {str(error).splitlines()[-1].strip()}') from None
+  except Exception as error:  # whatever the code of a config file makes of a mistake
+    raise specs.SpecError(f'{_place_of(error)}: {type(error).__name__}: {short(error)}') from None
   if len(rest) > 1:
     raise specs.SpecError(f'{rest[1]!r} is not a flag; fields are set with --config.field=value')
   if config is None:
@@ -80,11 +86,27 @@ def one_line(error: BaseException) -> str:
   return ' '.join(text.split())
 
 
+def short(error: BaseException) -> str:
+  """The first words of a message, in one line."""
+  text = str(error)
+  if text[:1] == text[-1:] and text[:1] in ('"', "'"):  # that of a key
+    text = text[1:-1].replace('\\n', ' ').replace("\\'", "'")
+  return ' '.join(text.split())[:200]
+
+
+def _place_of(error: BaseException) -> str:
+  """File and line of the config in which an exception was raised."""
+  frames = traceback.extract_tb(error.__traceback__)
+  packages = os.path.dirname(os.path.dirname(ml_collections.__file__))
+  own = [frame for frame in frames if not frame.filename.startswith((packages, '<')) and frame.filename != __file__]
+  return f'{own[-1].filename}, line {own[-1].lineno}' if own else 'the config'
+
+
 def overrides(argv: list[str]) -> Iterator[tuple[str, str | None]]:
   """Each (field, value) that the command line sets; None where a bare --config.field stands for True."""
   words = iter(argv[1:])
   for word in words:
-    match = re.fullmatch(r'--?(?:no)?config\.([\w.]+)(?:=(.*))?', word, re.DOTALL)
+    match = re.fullmatch(r'--?(?:no)?config\.([^=]*)(?:=(.*))?', word, re.DOTALL)
     if match:
       name, value = match.groups()
       if value is None and specs.field_type(name) is not bool:

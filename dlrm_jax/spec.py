@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 COLUMNS = 26
+MOST_EXAMPLES = (2**31 - 1) // COLUMNS  # of a batch: its lookups are numbered in 32 bits
 KEYED = ('dynamic', 'adaptive')  # kinds of tables that know ids by their whole fingerprints
 MOST_STEPS = 2**27  # that a directory of ids can tell apart
 
@@ -43,11 +44,15 @@ def _at_least(low: float) -> Any:
 
 
 def _above(low: float) -> Any:
-  return _field((lambda value: value > low and math.isfinite(value), f'must be greater than {low}'))
+  return _field((lambda value: value > low and math.isfinite(value), f'must be greater than {low}, and finite'))
 
 
 def _between(low: float, high: float) -> Any:
   return _field((lambda value: low <= value < high, f'must be at least {low} and less than {high}'))
+
+
+def _steps(low: int) -> Any:
+  return _field((lambda value: low <= value < 2**31, f'must be at least {low} and less than 2**31'))
 
 
 def _each_at_least(low: int, text: str) -> Any:
@@ -153,10 +158,10 @@ class OptimizerSpec:
 
   name: str = _one_of('adam', 'adamasync', 'adagraddecay', 'adagrad', 'gradientdescent')
   learning_rate: float = _above(0)
-  warmup_steps: int = _at_least(0)
+  warmup_steps: int = _steps(0)
   decay: str = _one_of('constant', 'linear', 'cosine', 'exponential', 'polynomial')
-  decay_start: int = _at_least(0)
-  decay_steps: int = _at_least(0)
+  decay_start: int = _steps(0)
+  decay_steps: int = _steps(0)
   final_factor: float = _field((lambda factor: 0 <= factor <= 1, 'must be from 0 to 1'))
   weight_decay: float = _at_least(0)
   b1: float = _between(0, 1)
@@ -164,7 +169,7 @@ class OptimizerSpec:
   eps: float = _above(0)
   rmsprop: bool
   initial_accumulator: float = _above(0)
-  accumulator_decay_steps: int = _at_least(1)
+  accumulator_decay_steps: int = _steps(1)
   accumulator_decay_rate: float = _field((lambda rate: 0 < rate < 1, 'must be between 0 and 1'))
   table_update: str = _one_of('touched', 'all')
 
@@ -177,7 +182,7 @@ class Spec:
   output_dir: str = _field((bool, 'must name a folder'))
   checkpoint: str
   seed: int = _field((lambda seed: 0 <= seed < 2**32, 'must be from 0 to 2**32 - 1'))
-  batch_size: int = _at_least(1)
+  batch_size: int = _field((lambda size: 1 <= size <= MOST_EXAMPLES, f'must be at least 1 and at most {MOST_EXAMPLES}'))
   steps: int = _at_least(0)
   epochs: int = _at_least(1)
   micro_batch: int = _at_least(1)
@@ -186,7 +191,7 @@ class Spec:
   log_every: int = _at_least(1)
   save_steps: int = _at_least(0)
   delta_seconds: float = _at_least(0)
-  keep_checkpoint_max: int = _at_least(1)
+  keep_checkpoint_max: int = _at_least(0)
   timeline: int = _at_least(0)
   smartstaged: bool
   op_fusion: bool

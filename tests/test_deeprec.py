@@ -16,6 +16,7 @@ SEED_DEFAULTS = {
   'no_eval': False, 'batch_size': 512, 'output_dir': './result', 'checkpoint': '', 'save_steps': 0, 'seed': 2021,
   'timeline': 0, 'keep_checkpoint_max': 1, 'learning_rate': 0.01, 'interaction_op': 'cat', 'inter': 0, 'intra': 0,
   'input_layer_partitioner': 8, 'dense_layer_partitioner': 16, 'tf': False,
+  'deep_dropout': None,  # of its script alone, which makes nothing of it
 }  # fmt: skip
 
 
@@ -58,6 +59,7 @@ def test_without_flags_only_buckets_learning_rate_and_partitioner_differ_from_ba
     ('--save_steps=9', 'save_steps', 9),
     ('--seed=3', 'seed', 3),
     ('--timeline=5', 'timeline', 5),
+    ('--keep_checkpoint_max=0', 'keep_checkpoint_max', 0),
     ('--keep_checkpoint_max=2', 'keep_checkpoint_max', 2),
     ('--learning_rate=0.5', 'optimizer.learning_rate', 0.5),
     ('--interaction_op=dot', 'model.interaction', 'dot'),
@@ -76,6 +78,7 @@ def test_without_flags_only_buckets_learning_rate_and_partitioner_differ_from_ba
     ('--ev --ev_elimination=l2', 'embedding.eviction.every', 1000),
     ('--ev --ev_elimination=l2 --save_steps=70', 'embedding.eviction.every', 70),
     ('--ev --tf', 'embedding.kind', 'static'),
+    ('--tf --ev_filter=counter', 'embedding.kind', 'static'),
     ('--workqueue', 'data.workqueue', True),
     ('--workqueue --tf', 'data.workqueue', False),
     *[(f'--protocol={name}', 'protocol', 'gloo') for name in ('grpc', 'grpc++', 'star_server')],
@@ -97,6 +100,12 @@ def test_tf_wins_over_the_features_it_turns_off():
   assert spec.optimizer.learning_rate == 0.2
 
 
+def test_what_has_no_effect_says_so(caplog):
+  assert spec_of('--deep_dropout=0.5') == spec_of('')
+  (record,) = caplog.records
+  assert record.message == '--deep_dropout has no effect here, as it has none in DeepRec'
+
+
 def test_what_an_old_protocol_stands_for_is_said_once(caplog):
   deeprec.get_config('')
   assert caplog.text == ''
@@ -112,12 +121,15 @@ def test_what_an_old_protocol_stands_for_is_said_once(caplog):
     ({'chief': ['a:1'], 'worker': ['b:1', 'c:1'], 'ps': ['d:1']}, 3),
     ({'worker': ['b:1', 'c:1'], 'ps': ['d:1']}, 2),
     ({'worker': ['b:1']}, 1),
+    ({'worker': [f'b:{port}' for port in range(1, 31)]}, 30),
     (7, 1),  # main says what is wrong
   ],
 )
 def test_under_tf_config_the_batch_size_is_that_of_a_worker(cluster, workers, monkeypatch, caplog):
   monkeypatch.setenv('TF_CONFIG', json.dumps({'cluster': cluster, 'task': {'type': 'worker', 'index': 0}}))
-  assert spec_of('--batch_size=64').batch_size == 64 * workers
+  spec = spec_of('--batch_size=64')
+  assert spec.batch_size == 64 * workers
+  assert spec.data.streams == max(16, workers)
   assert (f'multiplied by the {workers} workers' in caplog.text) == (workers > 1)
 
 
@@ -129,6 +141,7 @@ def test_under_tf_config_the_batch_size_is_that_of_a_worker(cluster, workers, mo
     ('--batch_size=x', ["'x'", '--batch_size']),
     ('--smartstaged=perhaps', ['perhaps', '--smartstaged']),
     ('--steps', ['--steps']),
+    ('--steps "3', ['No closing quotation', '--steps']),
     ('--bat=3', ['--bat=3']),
     ('--ev --adaptive_emb', ['--ev', '--adaptive_emb', 'leave one out']),
     ('--ev_filter=cbf', ['--ev_filter=cbf', 'needs --ev']),

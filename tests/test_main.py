@@ -36,6 +36,9 @@ def test_one_line_of_json_on_stdout_and_the_log_on_stderr(criteo, tmp_path, repo
     (['--config=configs/base.py', '--config.seed.x=3'], ['config.seed.x', 'no such field']),
     (['--config=configs/base.py', '--batch_size=3'], ['batch_size']),
     (['--config=configs/base.py', 'batch_size=3'], ['batch_size=3', '--config.field=value']),
+    (['--config=configs/base.py', '--config.model.bottom_mlp[0]=5'], ['config.model.bottom_mlp[0]', 'no such field']),
+    (['--config=configs/base.py', '--config.steps-x=5'], ['config.steps-x', 'did you mean config.steps?']),
+    (["--config=configs/deeprec.py:--bf16 'x"], ['configs/deeprec.py', 'No closing quotation', "--bf16 'x"]),
     (['--config=configs/deeprec.py:--evv'], ['--evv', '--ev_filter']),
     (['--config=configs/deeprec.py:--optimizer=best'], ['best', 'adagraddecay']),
   ],
@@ -44,6 +47,28 @@ def test_a_wrong_command_is_one_line_and_exit_code_2(arguments, words, repositor
   code, out, err = execute([*command('x')[:3], *arguments], repository)
   assert (code, out) == (2, '')
   assert err.count('\n') == 1
+  assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize(
+  ('text', 'words'),
+  [
+    ('config.optimzer.name = "adam"', ['line 4: AttributeError: ', 'Did you mean "optimizer"']),
+    ('config.lock()\n  config.foo = 3', ['line 5: AttributeError: Key "foo" does not exist']),
+    ('import nowhere', ["line 4: ModuleNotFoundError: No module named 'nowhere'"]),
+    ('1 / 0', ['line 4: ZeroDivisionError: division by zero']),
+    ('(', ['SyntaxError', 'line 4']),
+  ],
+)
+def test_a_mistake_in_a_config_file_is_one_line_and_exit_code_2(text, words, tmp_path, repository):
+  file = tmp_path / 'mine.py'
+  begin = 'from configs import base\ndef get_config():\n  config = base.get_config()\n'
+  file.write_text(f'{begin}  {text}\n  return config\n')
+  code, out, err = execute([*command('x')[:3], f'--config={file}'], repository)
+  assert (code, out) == (2, '')
+  assert err.count('\n') == 1
+  assert len(err) < 400
+  assert 'mine.py' in err
   assert all(word in err for word in words), err
 
 

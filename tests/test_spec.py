@@ -45,6 +45,11 @@ def test_a_single_number_of_buckets_stands_for_all_columns():
   ('field', 'value', 'words'),
   [
     ('batch_size', 0, ['config.batch_size=0', 'at least 1']),
+    ('batch_size', 10**10, ['config.batch_size=10000000000', 'at most 82595524']),
+    ('keep_checkpoint_max', -1, ['keep_checkpoint_max=-1', 'at least 0']),
+    ('optimizer.warmup_steps', 2**31, ['optimizer.warmup_steps=2147483648', 'less than 2**31']),
+    ('optimizer.accumulator_decay_steps', 0, ['accumulator_decay_steps=0', 'at least 1']),
+    ('optimizer.learning_rate', float('inf'), ['learning_rate=inf', 'finite']),
     ('batch_size', 512.5, ['config.batch_size=512.5', 'whole number']),
     ('batch_size', True, ['config.batch_size=True', 'whole number']),
     ('batch_size', '512', ['config.batch_size', 'whole number']),

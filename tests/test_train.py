@@ -139,6 +139,8 @@ def test_checkpoints_every_save_steps_and_only_the_newest_are_kept(criteo, tmp_p
   result = run(capsys, spec)
   assert sorted(path.name for path in (tmp_path / 'a/checkpoints').iterdir()) == ['16', '19']
   assert not {'auc', 'log_loss'} & set(result)
+  run(capsys, small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'b'), **fields | {'keep_checkpoint_max': 0}))
+  assert {path.name for path in (tmp_path / 'b/checkpoints').iterdir()} == {'4', '8', '12', '16', '19'}
 
 
 def test_saving_while_training_goes_on_saves_the_state_of_that_step(criteo, tmp_path, capsys):

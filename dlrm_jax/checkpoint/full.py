@@ -49,7 +49,7 @@ class Restored:
 
 
 class Checkpoints:
-  """The checkpoints of one run, under `folder`/<step>, the newest `keep` of them. A context manager.
+  """The checkpoints of one run, under `folder`/<step>, the newest `keep` of them (0: all). A context manager.
 
   Those of what changed are under `folder`/deltas/<step>. `failed` is told in one line, on a thread of Orbax's, when a
   write has failed in this process: Orbax would let all processes wait for each other for twenty minutes.
@@ -78,7 +78,7 @@ class Checkpoints:
     handlers |= {item: ocp.JsonCheckpointHandler() for item in ('position', 'config', 'digest', 'base')}
     for handler in handlers.values():
       _watch(handler, lambda error: self._tell(self._words(error)))
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep or None, create=True, cleanup_tmp_directories=True)
     return ocp.CheckpointManager(folder, item_handlers=handlers, options=options)
 
   def _words(self, error: BaseException) -> str:

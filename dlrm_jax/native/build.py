@@ -7,12 +7,13 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,7 +116,7 @@ def _load() -> tuple[Native, ctypes.CDLL | None]:
 
 def _library() -> tuple[ctypes.CDLL, str]:
   compiler = find_compiler()
-  folder = Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'dlrm_jax'
+  folder = cache_folder()
   path = folder / f'kernels-{cache_key(compiler)}.so'
   if is_whole(path):
     return _kept(path)
@@ -137,6 +138,14 @@ def _library() -> tuple[ctypes.CDLL, str]:
       library = ctypes.CDLL(str(path))  # stays loaded even if the file goes
   where = path if writable else f'not kept, since {folder} cannot be written'
   return library, f'C++ kernels, built in {time.perf_counter() - started:.0f} s: {where}'
+
+
+def cache_folder() -> Path:
+  """Where the kernels are kept; for a user without a home, one that cannot be written."""
+  try:
+    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'dlrm_jax'
+  except RuntimeError:
+    return Path(os.devnull) / 'dlrm_jax'
 
 
 def _kept(path: Path) -> tuple[ctypes.CDLL, str]:
@@ -166,27 +175,28 @@ def seal(path: Path) -> None:
 
 def is_whole(path: Path) -> bool:
   """Whether there is a library that was sealed. To load half of one would kill the process."""
-  if not path.exists():
+  try:
+    code = path.read_bytes()
+  except OSError:
     return False
-  code = path.read_bytes()
   return hashlib.sha256(code[:-32]).digest() == code[-32:]
 
 
-def find_compiler() -> str:
-  """$CXX, or the first C++ compiler in PATH. BuildError if there is none."""
-  named = os.environ.get('CXX')
-  for name in (named,) if named else COMPILERS:
+def find_compiler() -> list[str]:
+  """$CXX, which may have options, or the first C++ compiler in PATH. BuildError if there is none."""
+  named = os.environ.get('CXX', '')
+  for name, *options in [shlex.split(named)] if named.strip() else [[name] for name in COMPILERS]:
     found = shutil.which(name)
     if found:
-      return found
+      return [found, *options]
   raise BuildError(f'no C++ compiler, looked for {named or ", ".join(COMPILERS)}; install g++ or set CXX')
 
 
-def cache_key(compiler: str, folder: Path = FOLDER, processor: Callable[[], str] | None = None) -> str:
+def cache_key(compiler: Sequence[str], folder: Path = FOLDER, processor: Callable[[], str] | None = None) -> str:
   """Of all that decides what the machine code is: a home folder may be shared by machines that differ."""
   parts = [path.name.encode() + path.read_bytes() for path in sources(folder)]
-  version = _run([compiler, '--version']).stdout
-  settings = (compiler, version, *FLAGS, jax.__version__, jaxlib.__version__, (processor or describe_processor)())
+  version = _run([*compiler, '--version']).stdout
+  settings = (*compiler, version, *FLAGS, jax.__version__, jaxlib.__version__, (processor or describe_processor)())
   return hashlib.sha256(b'\0'.join([*parts, *(item.encode() for item in settings)])).hexdigest()[:24]
 
 
@@ -206,13 +216,13 @@ def describe_processor() -> str:
   return '\n'.join([*words, *(line for line in first.splitlines() if line.startswith(kept))])
 
 
-def compile_to(path: Path, compiler: str, folder: Path = FOLDER) -> None:
+def compile_to(path: Path, compiler: Sequence[str], folder: Path = FOLDER) -> None:
   """Compiles the C++ files, several at a time, into one library. BuildError, with the compiler's first complaint, if
   that fails."""
   files = [file for file in sources(folder) if file.suffix == '.cc']
   with tempfile.TemporaryDirectory(dir=path.parent) as build:
     objects = [Path(build) / f'{file.stem}.o' for file in files]
-    command = [compiler, *FLAGS, '-isystem', jax.ffi.include_dir()]
+    command = [*compiler, *FLAGS, '-isystem', jax.ffi.include_dir()]
     compile_one = lambda file, into: _compile([*command, '-c', str(file), '-o', str(into)])
     with concurrent.futures.ThreadPoolExecutor(min(AT_ONCE, len(usable_cores()))) as pool:
       list(pool.map(compile_one, files, objects))

@@ -123,7 +123,7 @@ def test_the_key_names_source_compiler_and_processor(tmp_path):
   compiler.write_text('#!/bin/sh\necho version 1\n')
   compiler.chmod(0o755)
   source.write_text('int a;')
-  key = lambda processor='avx2': build.cache_key(str(compiler), tmp_path, lambda: processor)
+  key = lambda processor='avx2': build.cache_key([str(compiler)], tmp_path, lambda: processor)
   keys = [key(), key('avx512')]
   source.write_text('int b;')
   keys.append(key())
@@ -133,6 +133,24 @@ def test_the_key_names_source_compiler_and_processor(tmp_path):
   compiler.write_text('#!/bin/sh\necho version 2\n')
   keys.append(key())
   assert len(set(keys)) == len(keys)
+
+
+def test_the_compiler_may_have_options(tmp_path, monkeypatch):
+  monkeypatch.setenv('CXX', 'sh -x "-a b"')
+  assert build.find_compiler() == [shutil.which('sh'), '-x', '-a b']
+  monkeypatch.setenv('CXX', 'nowhere -x')
+  with pytest.raises(build.BuildError, match='no C\\+\\+ compiler, looked for nowhere -x'):
+    build.find_compiler()
+
+
+def test_a_folder_that_may_not_be_read_or_does_not_exist_has_no_library(tmp_path, monkeypatch):
+  monkeypatch.delenv('XDG_CACHE_HOME', raising=False)
+  monkeypatch.setattr(build.Path, 'home', lambda: (_ for _ in ()).throw(RuntimeError('no home')))
+  with pytest.raises(OSError, match='Not a directory'):
+    build.cache_folder().mkdir(parents=True)
+  assert not build.is_whole(build.cache_folder() / 'kernels.so')
+  monkeypatch.setattr(build.Path, 'read_bytes', lambda path: (_ for _ in ()).throw(PermissionError(path)))
+  assert not build.is_whole(tmp_path)
 
 
 def test_not_wanted_or_not_a_cpu(monkeypatch):
