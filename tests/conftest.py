@@ -2,6 +2,7 @@
 
 import random
 import tempfile
+from pathlib import Path
 
 import jax
 import pytest
@@ -22,6 +23,18 @@ jax.config.update('jax_num_cpu_devices', 4)  # for the tests that ask for more t
 _cache = tempfile.TemporaryDirectory(prefix='dlrm_jax_tests_')
 jax.config.update('jax_compilation_cache_dir', _cache.name)
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+
+
+MOST_MAPS = 20_000  # of the 65,530 areas of memory that Linux gives a process; a compiled program has some
+
+
+@pytest.fixture(autouse=True, scope='module')
+def few_programs():
+  """After a file, compiled programs are given up if there are many: with too many, LLVM aborts the process."""
+  yield
+  maps = Path('/proc/self/maps')
+  if maps.exists() and maps.read_bytes().count(b'\n') > MOST_MAPS:
+    jax.clear_caches()
 
 
 @pytest.fixture(autouse=True)
