@@ -69,7 +69,8 @@ class Checkpoints:
 
   def __exit__(self, *_: object) -> None:
     for manager in self._managers():
-      with contextlib.suppress(*(Exception,) if self._has_failed else ()):  # it would only raise the same again
+      # After a write that has failed it would only raise the same again.
+      with contextlib.suppress(Exception) if self._has_failed else contextlib.nullcontext():
         manager.close()
 
   def _manager(self, folder: Path, keep: int) -> ocp.CheckpointManager:
