@@ -277,8 +277,11 @@ inline void Transpose16(const Word* in, int64_t ld_in, Word* out, int64_t ld_out
 inline void SumRows(const float* rows, int64_t n, float* out) {
   for (int64_t i = 0; i < n; i += 16, rows += 256) {
     const int64_t some = n - i < 16 ? n - i : 16;
-    alignas(64) Word all[256] = {}, turned[16][16];
-    if (some < 16) std::memcpy(all, rows, some * 64);
+    alignas(64) Word all[256], turned[16][16];
+    if (some < 16) {
+      std::memcpy(all, rows, some * 64);
+      std::memset(all + some * 16, 0, (16 - some) * 64);
+    }
     Transpose16(some < 16 ? all : reinterpret_cast<const Word*>(rows), 16, turned[0], 16);
     float* sums = reinterpret_cast<float*>(turned);
     for (int64_t half = 8; half; half /= 2) AddTo(sums, sums + 16 * half, 16 * half);

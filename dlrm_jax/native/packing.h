@@ -67,13 +67,13 @@ void PackTransposed(const float* kernel, int64_t k, int64_t n, int64_t from, int
     const int64_t width = std::min<int64_t>(16, end - w0);
     for (int64_t n0 = 0; n0 < n; n0 += kPanel) {
       const int64_t columns = std::min(kPanel, n - n0);
-      alignas(64) Word block[16][kPanel] = {};
+      alignas(64) Word block[16][kPanel];
       for (int64_t w = 0; w < width; ++w) {
-        T rows[kPerWord<T>][kPanel] = {};
+        T rows[kPerWord<T>][kPanel];
         const T* row_of[kPerWord<T>];
         for (int64_t i = 0; i < kPerWord<T>; ++i) {
           const int64_t row = (w0 + w) * kPerWord<T> + i;
-          if (row < k) RoundRow(kernel + row * n + n0, columns, rows[i], kPanel);
+          RoundRow(kernel + row * n + n0, row < k ? columns : 0, rows[i], kPanel);
           row_of[i] = rows[i];
         }
         Interleave(row_of, block[w]);
