@@ -9,6 +9,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import shlex
 from typing import NoReturn
 
@@ -76,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
 def get_config(flags: str = '') -> ConfigDict:
   """The experiment that these flags name."""
   try:
-    words = shlex.split(flags)
+    words = shlex.split(re.sub(r'\\\r?\n', ' ', flags))  # as a shell joins lines
   except ValueError as error:
     raise ValueError(f'configs/deeprec.py: {error} in {flags!r}') from None
   args = parser().parse_args(words)

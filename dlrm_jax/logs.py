@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -48,11 +50,14 @@ class Records:
     if folder is None:
       return
     path = folder / 'metrics.jsonl'
-    kept = [line for line in _lines(path) if json.loads(line)['step'] <= step]
-    path.write_text(''.join(kept))
+    whole = folder / 'metrics.jsonl.tmp'
+    whole.write_text(''.join(line for line in _lines(path) if json.loads(line)['step'] <= step))
+    whole.replace(path)
     self._file = path.open('a', buffering=1)
-    # purge_step: TensorBoard, too, forgets what comes after.
-    self._events = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    # Not SummaryWriter: if its thread cannot write, it waits for it for ever.
+    self._events = EventsWriter(str(folder / 'events'))
+    if step:  # TensorBoard, too, forgets what comes after
+      self._events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
   def __enter__(self) -> 'Records':
     return self
@@ -67,16 +72,23 @@ class Records:
     if not self._file:
       return
     self._file.write(json.dumps({'step': step, 'kind': kind, 'time': round(time.time(), 3), **scalars}) + '\n')
-    for name, value in scalars.items():
-      if value is not None:
-        self._events.add_scalar(f'{kind}/{name}', value, step)
+    values = [Summary.Value(tag=f'{kind}/{name}', simple_value=x) for name, x in scalars.items() if x is not None]
+    self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+    self._events.flush()
 
 
 def _lines(path: Path) -> list[str]:
   if not path.exists():
     return []
+  return [line for line in path.read_text(errors='replace').splitlines(keepends=True) if _is_record(line)]
+
+
+def _is_record(line: str) -> bool:
   # A killed process may have left half a line.
-  return [line for line in path.read_text().splitlines(keepends=True) if line.endswith('}\n')]
+  try:
+    return line.endswith('\n') and isinstance(json.loads(line)['step'], int)
+  except (ValueError, KeyError, TypeError):
+    return False
 
 
 class Progress:
@@ -128,6 +140,11 @@ class Meter:
   def add(self, metrics: dict[str, Any]) -> None:
     """The metrics of one more step, or of several together."""
     self._metrics.append(metrics)
+
+  @property
+  def has_steps(self) -> bool:
+    """Whether any were added since the last read."""
+    return bool(self._metrics)
 
   def read(self) -> Scalars:
     """Means since the last read."""

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -23,6 +24,9 @@ config_flags.DEFINE_config_file('config', None, 'Experiment file, for example co
 
 def main(argv: list[str]) -> int:
   """Runs the experiment; the exit code is 0 only if everything was written."""
+  if {'--help', '-h'} & set(argv[1:]):
+    print(f'{__doc__}\n\nconfigs/base.py has every field with its unit, default and meaning.')
+    return 0
   try:
     spec = specs.from_config(parse(argv))
     cluster = clusters.from_environment(os.environ)
@@ -51,6 +55,8 @@ def main(argv: list[str]) -> int:
       return members.fail(error, 1)
     except MemoryError as error:
       return members.fail(f'there is not enough memory: {error}', 1)
+    except KeyboardInterrupt:
+      return members.fail('interrupted; what was saved before is good', 128 + signal.SIGINT)
     except train.Stopped as error:
       print(error, file=sys.stderr)
       return 128 + error.number

@@ -12,6 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 COLUMNS = 26
+MOST_THREADS = 4096
 MOST_EXAMPLES = (2**31 - 1) // COLUMNS  # of a batch: its lookups are numbered in 32 bits
 KEYED = ('dynamic', 'adaptive')  # kinds of tables that know ids by their whole fingerprints
 MOST_STEPS = 2**27  # that a directory of ids can tell apart
@@ -51,7 +52,7 @@ def _between(low: float, high: float) -> Any:
   return _field((lambda value: low <= value < high, f'must be at least {low} and less than {high}'))
 
 
-def _steps(low: int) -> Any:
+def _whole(low: int) -> Any:
   return _field((lambda value: low <= value < 2**31, f'must be at least {low} and less than 2**31'))
 
 
@@ -131,7 +132,7 @@ class EmbeddingSpec:
   """The embedding tables."""
 
   kind: str = _one_of('static', 'multi_hash', *KEYED)
-  dim: int = _at_least(1)
+  dim: int = _whole(1)
   buckets: tuple[int, ...] = _field(
     (
       lambda sizes: len(sizes) in (1, COLUMNS) and min(sizes) >= 1 and sum(sizes) * COLUMNS < 2**31 * len(sizes),
@@ -158,10 +159,10 @@ class OptimizerSpec:
 
   name: str = _one_of('adam', 'adamasync', 'adagraddecay', 'adagrad', 'gradientdescent')
   learning_rate: float = _above(0)
-  warmup_steps: int = _steps(0)
+  warmup_steps: int = _whole(0)
   decay: str = _one_of('constant', 'linear', 'cosine', 'exponential', 'polynomial')
-  decay_start: int = _steps(0)
-  decay_steps: int = _steps(0)
+  decay_start: int = _whole(0)
+  decay_steps: int = _whole(0)
   final_factor: float = _field((lambda factor: 0 <= factor <= 1, 'must be from 0 to 1'))
   weight_decay: float = _at_least(0)
   b1: float = _between(0, 1)
@@ -169,7 +170,7 @@ class OptimizerSpec:
   eps: float = _above(0)
   rmsprop: bool
   initial_accumulator: float = _above(0)
-  accumulator_decay_steps: int = _steps(1)
+  accumulator_decay_steps: int = _whole(1)
   accumulator_decay_rate: float = _field((lambda rate: 0 < rate < 1, 'must be between 0 and 1'))
   table_update: str = _one_of('touched', 'all')
 
@@ -196,8 +197,8 @@ class Spec:
   smartstaged: bool
   op_fusion: bool
   native: bool
-  inter: int = _at_least(0)
-  intra: int = _at_least(0)
+  inter: int = _between(0, MOST_THREADS)
+  intra: int = _between(0, MOST_THREADS)
   protocol: str = _one_of('gloo', 'mpi')
   watchdog_seconds: int = _at_least(0)
   data: DataSpec

@@ -120,9 +120,12 @@ def train_and_evaluate(run: Run) -> Scalars:
   if run.step >= run.last_step:
     logging.info('already at step %d, the run was to end at step %d: nothing to train', run.step, run.last_step)
   else:
-    train(run)
-    run.save()
-    run.checkpoints.wait()  # before the evaluation, which may take long and be cut off
+    with StopSignals() as signals:
+      train(run, signals)
+      run.save()
+      run.checkpoints.wait()  # before the evaluation, which may take long and be cut off
+    if stop := max(of_all(signals.received)):
+      raise Stopped(stop)
   return {} if spec.no_eval else evaluation_of(run)
 
 
@@ -131,7 +134,7 @@ def is_first() -> bool:
   return jax.process_index() == 0
 
 
-def train(run: Run) -> None:
+def train(run: Run, signals: 'StopSignals') -> None:
   """The training loop. Stopped, after a checkpoint, if a signal asked for it."""
   spec, watchdog, step_fn, upkeep = run.spec, run.watchdog, jit_train_stretch(run.program), Upkeep(run.program)
   watch, meter, metrics, stop = Stopwatch(WARMUP_STEPS), Meter(), None, 0
@@ -142,7 +145,6 @@ def train(run: Run) -> None:
     ) as batches,
     Progress(run.step, run.last_step, spec.batch_size, is_first()) as progress,
     watchdog.resumed(),
-    StopSignals() as signals,
   ):
     stretches = Stretches(batches)
     while run.step < run.last_step and not stop:
@@ -174,6 +176,8 @@ def train(run: Run) -> None:
           watch.go()
           meter.restart()
       stop = run.members.stop(run.step, signals.received)
+      if stop and meter.has_steps:
+        log(run, meter, progress)
     watch.pause(run.state)
   run.samples_per_second = watch.rate()
   run.skipped_rows = sum(of_all(run.skipped_rows))

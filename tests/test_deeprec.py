@@ -44,6 +44,7 @@ def test_without_flags_only_buckets_learning_rate_and_partitioner_differ_from_ba
     ('--bf16', 'model.dtype', 'bfloat16'),
     ('--bf16', 'model.reduce_dtype', 'bfloat16'),
     ('--bf16=false', 'model.dtype', 'float32'),
+    ('--bf16 \\\n  --steps 5', 'steps', 5),
     ('--emb_fusion false', 'embedding.fusion', False),
     ('--op_fusion=False', 'op_fusion', False),
     ('--smartstaged 0', 'smartstaged', False),

@@ -1,8 +1,12 @@
 """Whole runs in this process: what they learn, what they leave behind, and that stopping changes no bit."""
 
+import dataclasses
 import json
 import math
+import os
 import shutil
+import signal
+import struct
 import time
 import warnings
 
@@ -11,11 +15,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from dlrm_jax import train, watchdog
 from dlrm_jax.checkpoint import full
 from dlrm_jax.checkpoint.same_model import CheckpointError
 from dlrm_jax.data.schema import DataError
+from dlrm_jax.distributed import Members
 from tests.helpers import small_spec
 
 STEPS = 19  # of an epoch
@@ -180,6 +186,81 @@ def test_a_checkpoint_in_which_one_bit_differs_is_put_aside(criteo, tmp_path, ca
   assert_same(state_of(tmp_path / 'a', STEPS), expected)
 
 
+@pytest.mark.parametrize(
+  ('item', 'old', 'new'), [('position', '"epoch":1', '"epoch":0'), ('config', '"dim":8', '"dim":9')]
+)
+def test_a_checkpoint_whose_position_or_config_differs_is_put_aside(item, old, new, criteo, tmp_path, capsys, caplog):
+  fields = {'save_steps': 10, 'keep_checkpoint_max': 3, 'no_eval': True}
+  spec = small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), **fields)
+  run(capsys, spec)
+  expected = state_of(tmp_path / 'a', STEPS)
+  path = tmp_path / f'a/checkpoints/{STEPS}/{item}/metadata'
+  text = path.read_text().replace(': ', ':')
+  assert old in text
+  path.write_text(text.replace(old, new))
+  assert run(capsys, spec)['step'] == STEPS
+  assert 'its position or its config is not what was saved' in caplog.text
+  assert list((tmp_path / 'a/checkpoints').glob(f'damaged-{STEPS}-*'))
+  assert_same(state_of(tmp_path / 'a', STEPS), expected)
+
+
+def test_a_stop_saves_nothing_whose_loss_is_not_finite(criteo, tmp_path, capsys, monkeypatch):
+  fields = {'checkpoint': str(tmp_path / 'a'), 'no_eval': True}
+  run(capsys, small_spec(criteo, tmp_path, steps=5, **fields))
+  monkeypatch.setattr(Members, 'stop', lambda self, step, received=0: signal.SIGTERM if step == 12 else 0)
+  diverges = {'optimizer__learning_rate': 1e30, 'log_every': 1000, 'epochs': 9}
+  with pytest.raises(train.TrainingError, match='diverged'):
+    train.run(small_spec(criteo, tmp_path, **fields, **diverges))
+  assert [path.name for path in (tmp_path / 'a/checkpoints').iterdir()] == ['5']
+
+
+def test_a_signal_during_the_last_save_is_heard_after_it(criteo, tmp_path, capsys, monkeypatch):
+  save = train.Run.save
+
+  def interrupted(job, changes=False):
+    os.kill(os.getpid(), signal.SIGTERM)
+    save(job, changes)
+
+  monkeypatch.setattr(train.Run, 'save', interrupted)
+  with pytest.raises(train.Stopped) as stopped:
+    train.run(small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a')))
+  assert stopped.value.number == signal.SIGTERM
+  assert [path.name for path in (tmp_path / 'a/checkpoints').iterdir()] == [str(STEPS)]
+
+
+def test_events_have_every_scalar_and_a_damaged_line_of_metrics_is_left_out(criteo, tmp_path, capsys):
+  spec = small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), steps=10)
+  run(capsys, spec)
+  metrics = tmp_path / 'a/metrics.jsonl'
+  lines = metrics.read_text().splitlines(keepends=True)
+  metrics.write_text(lines[0] + 'garbage}\n' + '{"step": null}\n' + ''.join(lines[1:]) + '{"step": 3')
+  run(capsys, dataclasses.replace(spec, steps=15))
+  records = [json.loads(line) for line in metrics.read_text().splitlines()]
+  assert [record['step'] for record in records if record['kind'] == 'train'] == [5, 10, 15]
+  found, starts = {}, []
+  for path in sorted((tmp_path / 'a').glob('events.out.tfevents.*'), key=lambda path: path.stat().st_mtime):
+    for event in events_of(path):
+      found |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
+      starts += [event.step] if event.session_log.status == SessionLog.START else []
+  expected = {
+    (record['step'], f'{record["kind"]}/{name}'): np.float32(value)
+    for record in records
+    for name, value in record.items()
+    if name not in ('step', 'kind', 'time') and value is not None
+  }
+  assert found == expected
+  assert starts == [11]
+
+
+def events_of(path):
+  """Of an event file: records of length u64, its sum u32, so many bytes, their sum u32."""
+  data = path.read_bytes()
+  while data:
+    (size,) = struct.unpack('<Q', data[:8])
+    yield Event.FromString(data[12 : 12 + size])
+    data = data[16 + size :]
+
+
 def test_a_checkpoint_that_another_process_cannot_read_is_put_aside(criteo, tmp_path, capsys, caplog, monkeypatch):
   fields = {'save_steps': 10, 'keep_checkpoint_max': 3, 'no_eval': True}
   spec = small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), **fields)
@@ -225,6 +306,7 @@ def test_tables_larger_than_the_memory_end_before_they_are_made(criteo, tmp_path
     ('model__top_mlp', (8,)),
     ('embedding__buckets', (60,)),
     ('optimizer__name', 'adagrad'),
+    ('optimizer__weight_decay', 0.01),
     ('embedding__fusion', False),
   ],
 )

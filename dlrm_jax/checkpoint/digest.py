@@ -4,6 +4,8 @@ They do not depend on how arrays are cut among devices. Each device takes those 
 digests themselves.
 """
 
+import hashlib
+import json
 from typing import Any
 
 import jax
@@ -50,6 +52,11 @@ def digest(tree: Any) -> Digests:
   words = multihost_utils.process_allgather(words).sum(axis=0, dtype=np.uint32)
   names = [jax.tree_util.keystr(path, simple=True, separator='.') for path, _ in leaves]
   return dict(zip(names, words.tolist(), strict=True))
+
+
+def of_texts(*parts: Any) -> str:
+  """Of what is saved as JSON."""
+  return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def first_row(shard: Any) -> int:

@@ -28,6 +28,7 @@ from dlrm_jax.state import abstract_state, state_placing
 from dlrm_jax.structs import TrainState
 
 DELTAS, DELTAS_KEPT = 'deltas', 2
+TEXTS = 'position and config'  # among the digests of arrays
 
 
 class Base(NamedTuple):
@@ -215,11 +216,12 @@ def _watch(handler: ocp.AsyncCheckpointHandler, failed: Callable[[BaseException]
 
 def _items(tree: dict[str, Any], written: dict[str, Any], position: dict[str, Any], spec: Spec, **more: Any) -> Any:
   """What a checkpoint is made of: of its arrays those that are `written`, and the digests of all."""
+  config = specs.to_dict(spec)
   return ocp.args.Composite(
     state=ocp.args.PyTreeSave(written),
     position=ocp.args.JsonSave(position),
-    config=ocp.args.JsonSave(specs.to_dict(spec)),
-    digest=ocp.args.JsonSave(digest.digest(tree)),
+    config=ocp.args.JsonSave(config),
+    digest=ocp.args.JsonSave({**digest.digest(tree), TEXTS: digest.of_texts(position, config)}),
     **more,
   )
 
@@ -252,6 +254,9 @@ def in_all(function: Callable[[], Any]) -> Any:
 def read(path: Path, program: Program) -> tuple[Restored, digest.Digests]:
   """A checkpoint, and the digests of its arrays: empty if a version wrote it that had none. Waits for no process."""
   position, config = read_json(path, 'position'), read_json(path, 'config')
+  digests = read_json(path, 'digest') if (path / 'digest').is_dir() else {}
+  if digests.get(TEXTS, texts := digest.of_texts(position, config)) != texts:
+    raise ValueError('its position or its config is not what was saved')
   check_same_model(config, specs.to_dict(program.spec), str(path))
   whole = path.parents[1] / str(read_json(path, 'base')['step']) if is_delta(path) else path
   if not whole.is_dir():
@@ -260,7 +265,6 @@ def read(path: Path, program: Program) -> tuple[Restored, digest.Digests]:
   base = Base(int(whole.name), delta.remembered(to_dict(state))) if program.spec.delta_seconds else None
   if whole != path:
     state = _with_changes(path, state, program)
-  digests = read_json(path, 'digest') if (path / 'digest').is_dir() else {}
   return Restored(int(path.name), state, position, config, base), digests
 
 

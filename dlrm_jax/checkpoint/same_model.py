@@ -24,6 +24,7 @@ MODEL_FIELDS = (
   'embedding.fusion',
   'embedding.shard_mb',
   'optimizer.name',
+  'optimizer.weight_decay',
   'embedding.multi_hash',
   *KEYED_FIELDS,
 )
@@ -48,8 +49,11 @@ def check_same_model(saved: dict[str, Any], current: dict[str, Any], where: str)
       continue
     if name in ('embedding.buckets', 'embedding.shard_mb') and current['embedding.kind'] == 'dynamic':
       continue
+    then, now = saved.get(name), current[name]
+    if name == 'optimizer.weight_decay':  # whether there is any: an optimizer with it has one more part
+      then, now = bool(then), bool(now)
     of_model = any(name == field or name.startswith(field + '.') for field in MODEL_FIELDS)
-    if of_model and name not in FREE_FIELDS and saved.get(name) != current[name]:
+    if of_model and name not in FREE_FIELDS and then != now:
       raise CheckpointError(
         f'{where} is a checkpoint of another model: config.{name} is {saved.get(name)} there and {current[name]} here; '
         f'set it to the same, or config.checkpoint to another folder'
