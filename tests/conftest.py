@@ -28,9 +28,9 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
 MOST_MAPS = 20_000  # of the 65,530 areas of memory that Linux gives a process; a compiled program has some
 
 
-@pytest.fixture(autouse=True, scope='module')
+@pytest.fixture(autouse=True)
 def few_programs():
-  """After a file, compiled programs are given up if there are many: with too many, LLVM aborts the process."""
+  """After a test, compiled programs are given up if there are many: with too many, LLVM aborts the process."""
   yield
   maps = Path('/proc/self/maps')
   if maps.exists() and maps.read_bytes().count(b'\n') > MOST_MAPS:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -104,8 +105,27 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line(criteo, tmp_path, repos
   arguments = small_command(criteo, tmp_path, save_steps=5, **{'embedding.buckets': (5000,)})
   code, out, err = execute(with_small_files(arguments), repository)
   assert (code, out) == (1, '')
-  assert err.splitlines()[-1].startswith('error: a checkpoint cannot be written to ')
+  assert len(re.findall('^error: a checkpoint cannot be written to ', err, re.MULTILINE)) == 1
   assert 'Traceback' not in err
+
+
+def test_help_says_how_and_where_the_fields_are(repository):
+  code, out, err = execute([*command('x')[:3], '--help'], repository)
+  assert (code, err) == (0, '')
+  assert '--config=configs/' in out
+  assert 'configs/base.py has every field' in out
+
+
+def test_an_interrupt_outside_of_the_loop_is_one_line(repository):
+  code = (
+    'import sys; from dlrm_jax import main, train\n'
+    'def run(*_): raise KeyboardInterrupt\n'
+    "train.run = run; sys.exit(main.main(['x', '--config=configs/base.py']))"
+  )
+  code, out, err = execute([sys.executable, '-c', code], repository)
+  assert (code, out) == (130, '')
+  assert err.count('\n') == 1
+  assert err.startswith('error: interrupted')
 
 
 def test_a_missing_folder_is_one_line(tmp_path, repository):
