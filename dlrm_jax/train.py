@@ -265,8 +265,8 @@ def restore_or_init(program: Program, data: Sources, checkpoints: Checkpoints) -
   memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') * jax.process_count()
   if jax.default_backend() == 'cpu' and size > memory:
     raise TrainingError(
-      f'the tables need {size / 1e9:.1f} GB with the optimizer, the machines have {memory / 1e9:.1f} GB; lower '
-      'config.embedding.buckets, config.embedding.rows or config.embedding.dim'
+      f'tables, network and optimizer need {size / 1e9:.1f} GB, the machines have {memory / 1e9:.1f} GB; lower '
+      'config.embedding.buckets, config.embedding.rows, config.embedding.dim or the sizes of config.model'
     )
   limit = program.spec.embedding.memory_gb * 1e9
   own = PEAK * bytes_of((abstract.tables, abstract.known))
