@@ -100,7 +100,7 @@ def _open(path: str, spec: DataSpec, folder: str) -> list[CachedRows]:
   if len(bad) and spec.on_bad_row == 'error':
     index_file(path, 'error').read(int(bad[0]), int(bad[0]) + 1, 'error')  # says what is wrong with it
   if len(bad):
-    _logger.warning('%s: %d bad rows are left out; the first of each range was named when its cache was written', path, len(bad))
+    _logger.warning('%s: %d bad rows are left out, the first of them row %d', path, len(bad), bad[0] + 1)
   return batches
 
 
