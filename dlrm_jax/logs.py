@@ -55,7 +55,7 @@ class Records:
     whole.replace(path)
     self._file = path.open('a', buffering=1)
     # Not SummaryWriter: if its thread cannot write, it waits for it for ever.
-    self._events = EventsWriter(str(folder / 'events'))
+    self._events = EventsWriter(str(folder / 'events'), f'.{step}')  # two in one second have two names
     if step:  # TensorBoard, too, forgets what comes after
       self._events.write_event(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
