@@ -85,8 +85,9 @@ def get_config(flags: str = '') -> ConfigDict:
   same = ('data_location', 'steps', 'batch_size', 'output_dir', 'checkpoint', 'save_steps', 'seed', 'no_eval')
   for name in (*same, 'keep_checkpoint_max', 'timeline', 'inter', 'intra', 'smartstaged', 'op_fusion'):
     config[name] = getattr(args, name)
-  config.batch_size *= _workers()
-  config.data.streams = max(config.data.streams, _workers())
+  workers = _workers()
+  config.batch_size *= workers
+  config.data.streams = max(config.data.streams, workers)
   _transport(args.protocol)
   if args.deep_dropout is not None:
     logging.getLogger(__name__).warning('--deep_dropout has no effect here, as it has none in DeepRec')
@@ -101,9 +102,10 @@ def get_config(flags: str = '') -> ConfigDict:
   config.embedding.shard_mb = float(args.input_layer_partitioner)
   config.embedding.fusion = args.emb_fusion
   config.embedding.buckets = (10_000,)
-  _embedding_variables(config, args)
   if args.tf:
     _community_tensorflow(config)
+  else:
+    _embedding_variables(config, args)
   return config
 
 
@@ -132,8 +134,6 @@ EVERY = 1000
 
 def _embedding_variables(config: ConfigDict, args: argparse.Namespace) -> None:
   # There, filter and eviction are ignored without a word where no ids are known; and of the three kinds, one wins.
-  if args.tf:
-    return
   embedding, known = config.embedding, args.ev or args.adaptive_emb or args.dynamic_ev
   for name in ('ev_filter', 'ev_elimination'):
     if getattr(args, name) and not known:

@@ -1,10 +1,12 @@
 """What a run tells: log lines and a progress bar on stderr, metrics.jsonl, event files for TensorBoard."""
 
+import contextlib
 import json
 import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ class Records:
       return
     path = folder / 'metrics.jsonl'
     whole = folder / 'metrics.jsonl.tmp'
-    whole.write_text(''.join(line for line in _lines(path) if json.loads(line)['step'] <= step))
+    whole.write_text(''.join(line for at, line in _lines(path) if at <= step))
     whole.replace(path)
     self._file = path.open('a', buffering=1)
     # Not SummaryWriter: if its thread cannot write, it waits for it for ever.
@@ -77,18 +79,14 @@ class Records:
     self._events.flush()
 
 
-def _lines(path: Path) -> list[str]:
-  if not path.exists():
-    return []
-  return [line for line in path.read_text(errors='replace').splitlines(keepends=True) if _is_record(line)]
-
-
-def _is_record(line: str) -> bool:
-  # A killed process may have left half a line.
-  try:
-    return line.endswith('\n') and isinstance(json.loads(line)['step'], int)
-  except (ValueError, KeyError, TypeError):
-    return False
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+  """The records of a file, each with its step."""
+  lines = path.read_text(errors='replace').splitlines(keepends=True) if path.exists() else []
+  for line in lines:
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # a killed process may have left half a line
+      step = json.loads(line)['step']
+      if line.endswith('\n') and isinstance(step, int):
+        yield step, line
 
 
 class Progress:

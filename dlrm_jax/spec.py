@@ -223,15 +223,27 @@ def from_config(config: ConfigDict) -> Spec:
 
 def check_processes(spec: Spec, processes: int) -> None:
   """SpecError if so many processes cannot share the data."""
-  if spec.data.workqueue and spec.batch_size < processes:
+  if spec.data.workqueue:
+    check_shares(spec.batch_size, processes)
+  else:
+    check_streams(spec.data.streams, processes)
+
+
+def check_shares(batch_size: int, processes: int) -> None:
+  """SpecError if a batch of a work queue has less than an example for each process."""
+  if batch_size < processes:
     raise SpecError(
-      f'config.batch_size={spec.batch_size} cannot be shared by {processes} processes: each needs an example of every '
-      f'batch; set config.batch_size={processes} or more'
+      f'config.batch_size={batch_size} cannot be shared by {processes} processes: each needs an example of every '
+      f'batch; set batch_size={processes} or more'
     )
-  if not spec.data.workqueue and spec.data.streams < processes:
+
+
+def check_streams(streams: int, processes: int) -> None:
+  """SpecError if there are fewer streams than processes."""
+  if streams < processes:
     raise SpecError(
-      f'config.data.streams={spec.data.streams} cannot serve {processes} processes: every process needs a stream; set '
-      f'config.data.streams={processes} or more, or start at most {spec.data.streams} processes'
+      f'config.data.streams={streams} cannot serve {processes} processes: every process needs a stream; set '
+      f'data.streams={processes} or more, or start at most {streams} processes'
     )
 
 

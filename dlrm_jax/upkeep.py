@@ -101,12 +101,12 @@ class Upkeep:
     need, limit = PEAK * (bytes_of((state.tables, state.known)) + more), self._embedding.memory_gb * 1e9
     if not limit or need <= limit:
       table, grown = self._grow(name, table, known, tuple(parts))
-      for part, old, new in (('table', known.directory, grown.directory), ('filter', known.filter, grown.filter)):
-        if part in parts:
-          logging.info(
-            'step %d: %s of %s is full with %d ids: from %d to %d rows',
-            step, PARTS[part], name, int(old.used), directories.rows_of(old), directories.rows_of(new),
-          )  # fmt: skip
+      before, after = directories_of(known), directories_of(grown)
+      for part in parts:
+        logging.info(
+          'step %d: %s of %s is full with %d ids: from %d to %d rows', step, PARTS[part], name, int(before[part].used),
+          directories.rows_of(before[part]), directories.rows_of(after[part]),
+        )  # fmt: skip
       return state.replace(tables=state.tables | {name: table}, known=state.known | {name: grown})
     evicts = self._embedding.at_limit == 'evict'
     if name not in self._at_limit:
@@ -152,15 +152,18 @@ def _asked(known: Vocabulary) -> Vocabulary:
   return known.replace(counts=known.counts.replace(asked=asked))
 
 
+def directories_of(known: Vocabulary) -> dict[str, Directory]:
+  """Those of `PARTS` that there are."""
+  return {'table': known.directory} | ({'filter': known.filter} if isinstance(known.filter, Directory) else {})
+
+
 def full_parts(known: Vocabulary) -> list[str]:
   """Which of `PARTS` must grow. Waits for the last step."""
   counts = jax.device_get(known.counts)
   lookups, unplaced = (
     sum((now - then).tolist()) for now, then in zip((counts.lookups, counts.unplaced), counts.asked, strict=True)
   )
-  parts = {'table': known.directory}
-  if isinstance(known.filter, Directory):
-    parts['filter'] = known.filter
+  parts = directories_of(known)
   full = [part for part, directory in parts.items() if directories.is_full(directory, 1, 0)]
   if full or unplaced <= directories.FULL_SHARE * lookups:
     return full
@@ -190,27 +193,26 @@ def moved(program: Program, state: TrainState, parts: Collection[str]) -> tuple[
   rows = {}
   for name, old in state.known.items():
     new = jax.eval_shape(functools.partial(embeddings.vocabulary, name, embeddings.first_rows(name)))
-    for part, now, first in (('table', old.directory, new.directory), ('filter', old.filter, new.filter)):
-      if part in parts:
-        rows[name, part] = directories.rows_of(first)
-        while int(now.used) > directories.FULL_LOAD * rows[name, part]:
-          rows[name, part] *= 2
+    now, first = directories_of(old), directories_of(new)
+    for part in parts:
+      rows[name, part] = directories.rows_of(first[part])
+      while int(now[part].used) > directories.FULL_LOAD * rows[name, part]:
+        rows[name, part] *= 2
   place = state_placing(program)
   out = place and (place.tables, place.known, None)
-  move = jax.jit(functools.partial(_moved, program, embeddings, rows), out_shardings=out)
+  move = jax.jit(functools.partial(_moved, embeddings, rows), out_shardings=out)
   tables, known, lost = move(state.tables, state.known)
   return state.replace(tables=state.tables | tables, known=known), int(lost)
 
 
 def _moved(
-  program: Program,
   embeddings: Any,
   rows: dict[tuple[str, str], int],
   old_tables: dict[str, Table],
   old_known: dict[str, Vocabulary],
 ) -> tuple[dict[str, Table], dict[str, Vocabulary], Array]:
   """With what is in `rows`, of so many: (table, part)."""
-  spec, tables, known, lost = program.spec.embedding, dict(old_tables), dict(old_known), jnp.zeros((), jnp.int32)
+  spec, tables, known, lost = embeddings.spec, dict(old_tables), dict(old_known), jnp.zeros((), jnp.int32)
   for name, old in old_known.items():
     if (name, 'table') in rows:
       new = embeddings.vocabulary(name, rows[name, 'table'])

@@ -41,6 +41,16 @@ def launched(data, folder, processes, *launcher, **fields):
   return [*start, '--', '--config=configs/base.py', *flags]
 
 
+def together(commands, repository):
+  """(exit code, stderr) of the processes of a run, each with a command of its own."""
+  where, started = f'127.0.0.1:{free_port()}', []
+  for index, command in enumerate(commands):
+    environ = os.environ | ours(where, str(len(commands)), str(index))
+    started.append(subprocess.Popen(command, cwd=repository, env=environ, stderr=subprocess.PIPE, text=True))
+  told = [process.communicate(timeout=60)[1] for process in started]
+  return [(process.returncode, err) for process, err in zip(started, told, strict=True)]
+
+
 def losses(folder):
   """The loss of each step."""
   records = map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())
@@ -181,30 +191,22 @@ def test_a_bad_row_in_one_process_of_a_work_queue_is_told_once_by_each(criteo, t
 def test_processes_that_see_other_data_say_so(criteo, tmp_path, repository):
   """Each would wait for batches that the other does not have."""
   lines = (criteo / 'train.csv').read_text().splitlines(keepends=True)
-  where, started = f'127.0.0.1:{free_port()}', []
-  for index, rows in enumerate((600, 400)):
-    (tmp_path / str(index)).mkdir()
-    (tmp_path / str(index) / 'train.csv').write_text(''.join(lines[:rows]))
-    command = small_command(tmp_path / str(index), tmp_path / 'result', no_eval=True)
-    environ = os.environ | ours(where, '2', str(index))
-    started.append(subprocess.Popen(command, cwd=repository, env=environ, stderr=subprocess.PIPE, text=True))
-  for process in started:
-    _, err = process.communicate(timeout=120)
-    assert process.returncode in (1, LOST)  # who is told first
+  for rows in (600, 400):
+    (tmp_path / str(rows)).mkdir()
+    (tmp_path / str(rows) / 'train.csv').write_text(''.join(lines[:rows]))
+  commands = [small_command(tmp_path / str(rows), tmp_path / 'result', no_eval=True) for rows in (600, 400)]
+  for code, err in together(commands, repository):
+    assert code in (1, LOST)  # who is told first
     assert re.search(r'error: .*config.data.train has [46]00 rows in process [01] and [46]00 in process [01]', err), err
 
 
 def test_a_checkpoint_that_one_process_cannot_write_ends_all(criteo, tmp_path, repository):
   """As on a full disk; the files of its part of the state are larger than it may write."""
-  where, started = f'127.0.0.1:{free_port()}', []
   fields = CUT | {'embedding.buckets': (5000,), 'checkpoint': tmp_path, 'save_steps': 3, 'no_eval': True}
-  for index in (0, 1):
-    command = small_command(criteo, tmp_path, **fields)
-    command, environ = with_small_files(command) if index else command, os.environ | ours(where, '2', str(index))
-    started.append(subprocess.Popen(command, cwd=repository, env=environ, stderr=subprocess.PIPE, text=True))
-  told = [process.communicate(timeout=60)[1] for process in started]
-  assert [process.returncode for process in started] == [3, 1]
-  for err in told:
+  command = small_command(criteo, tmp_path, **fields)
+  ended = together([command, with_small_files(command)], repository)
+  assert [code for code, _ in ended] == [3, 1]
+  for _, err in ended:
     (line,) = [line for line in err.splitlines() if line.startswith('error: ')]  # steps may still be logged after it
     assert 'a checkpoint cannot be written to' in line
     assert 'Traceback' not in err, err

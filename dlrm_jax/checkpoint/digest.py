@@ -17,7 +17,8 @@ from jaxtyping import UInt32
 
 from dlrm_jax.words import mix
 
-Digests = dict[str, list[int]]  # of the arrays of a tree, by their dotted names: two words each
+# Of the arrays of a tree, by their dotted names: two words each. A checkpoint's have that of its texts among them.
+Digests = dict[str, Any]
 
 
 @jax.jit

@@ -255,7 +255,8 @@ def read(path: Path, program: Program) -> tuple[Restored, digest.Digests]:
   """A checkpoint, and the digests of its arrays: empty if a version wrote it that had none. Waits for no process."""
   position, config = read_json(path, 'position'), read_json(path, 'config')
   digests = read_json(path, 'digest') if (path / 'digest').is_dir() else {}
-  if digests.get(TEXTS, texts := digest.of_texts(position, config)) != texts:
+  texts = digest.of_texts(position, config)
+  if digests.get(TEXTS, texts) != texts:
     raise ValueError('its position or its config is not what was saved')
   check_same_model(config, specs.to_dict(program.spec), str(path))
   whole = path.parents[1] / str(read_json(path, 'base')['step']) if is_delta(path) else path

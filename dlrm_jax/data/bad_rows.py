@@ -10,6 +10,14 @@ _NUMBER = re.compile(r'[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?')
 _INTEGER = re.compile(r'-?[0-9]+')
 _BLANKS = ' \t'  # that Arrow's reader leaves out around a number
 
+# A label or integer that begins as hexadecimal numbers do: Arrow's reader takes them, in whole numbers alone.
+_HEXADECIMAL = {
+  delimiter: re.compile(
+    rb'^(?:[^%b\n]*%b){0,%d}[%b"+-]*0[xX]' % (delimiter, delimiter, len(INTEGERS), blanks), re.MULTILINE
+  )
+  for delimiter, blanks in ((b',', b' \t'), (b'\t', b' '))
+}
+
 csv.field_size_limit(sys.maxsize)  # Arrow has none
 
 _EXPECTED = f'expected {len(COLUMNS)} columns separated by commas: {LABEL}, I1 to I13, C1 to C26'
@@ -50,6 +58,11 @@ def fault(line: bytes, first: bool = False, cut: bool = False) -> str | None:
     else:
       return f'field {last}: found a quote that does not close on this line ({error})'
   return _bad_fields(fields, first, cut)
+
+
+def has_hexadecimal(data: bytes, delimiter: bytes = b',') -> bool:
+  """Whether a number of some lines is hexadecimal, which `fault` does not allow."""
+  return (b'0x' in data or b'0X' in data) and _HEXADECIMAL[delimiter].search(data) is not None
 
 
 def _bad_bytes(line: bytes) -> str | None:

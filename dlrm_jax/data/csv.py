@@ -7,7 +7,6 @@ where that refuses is the range looked at line by line (`bad_rows`).
 import dataclasses
 import logging
 import os
-import re
 
 import numpy as np
 import pyarrow as pa
@@ -26,9 +25,6 @@ PARSE_BYTES = 1 << 18
 
 # Lines that are checked before training starts.
 CHECKED_LINES = 100
-
-# A number that begins as hexadecimal ones do, which Arrow's reader would take in a range of whole numbers only.
-_HEXADECIMAL = re.compile(rb'^(?:[^,\n]*,){0,13}[ \t"+-]*0[xX]', re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +143,7 @@ def _is_odd(data: bytes) -> bool:
   # A quote that does not close is taken as part of an id at the end of what Arrow is given.
   if b'\0' in data or (b'"' in data and data.count(b'"') % 2):
     return True
-  return (b'0x' in data or b'0X' in data) and _HEXADECIMAL.search(data) is not None
+  return bad_rows.has_hexadecimal(data)
 
 
 def _refused(line: bytes) -> str | None:

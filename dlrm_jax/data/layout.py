@@ -10,6 +10,8 @@ after another, and the order of the examples does not depend on P either, so nei
 import dataclasses
 import functools
 
+from dlrm_jax.spec import check_streams
+
 # Rows that are read at once where nothing is shuffled.
 READ_ROWS = 4096
 
@@ -34,11 +36,7 @@ class Layout:
   process_count: int = 1
 
   def __post_init__(self) -> None:
-    if self.process_count > self.streams:
-      raise ValueError(
-        f'data.streams={self.streams} cannot serve {self.process_count} processes: every process needs a stream; '
-        f'set data.streams={self.process_count} or more, or start at most {self.streams} processes'
-      )
+    check_streams(self.streams, self.process_count)
 
   @functools.cached_property
   def local(self) -> range:

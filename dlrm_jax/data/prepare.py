@@ -38,7 +38,6 @@ _NUMBERS = (LABEL, *INTEGERS)
 _TYPES = {LABEL: pa.int8()} | dict.fromkeys(INTEGERS, pa.int64()) | dict.fromkeys(CATEGORIES, pa.string())
 _TO_COMMAS = bytes.maketrans(b'\t', b',')
 _FORBIDDEN = (b',', b'"', b'\r', b'\0')
-_HEXADECIMAL = re.compile(rb'^(?:[^\t\n]*\t){0,13}[ +-]*0[xX]', re.MULTILINE)  # a number that Arrow would take
 
 
 class Rows(NamedTuple):
@@ -227,7 +226,7 @@ def _parse(path: str, block: bytes, first: int, columns: tuple[str, ...]) -> Row
   text = block if block.endswith(b'\n') else block + b'\n'
   if b'\r' in text:
     text = text.replace(b'\r\n', b'\n')
-  if not any(mark in text for mark in _FORBIDDEN) and _is_utf8(text) and not _HEXADECIMAL.search(text):
+  if not any(mark in text for mark in _FORBIDDEN) and _is_utf8(text) and not bad_rows.has_hexadecimal(text, b'\t'):
     # Other errors are of the file, and Arrow names neither line nor field.
     with contextlib.suppress(pa.ArrowInvalid):
       table = _read_columns(text, columns)

@@ -19,6 +19,7 @@ from dlrm_jax.data.index import FileIndex
 from dlrm_jax.data.schema import DataSpec
 from dlrm_jax.data.shuffle import Memory, reorder, seeded_order
 from dlrm_jax.data.work_queue import Piece, State, WorkQueue
+from dlrm_jax.spec import check_shares
 from dlrm_jax.structs import Batch
 
 # Seconds that a process waits for its own rows before it brings less than its share.
@@ -102,11 +103,7 @@ class QueueIterator:
   """
 
   def __init__(self, index: FileIndex, spec: DataSpec, batch_size: int, seed: int, processes: Processes) -> None:
-    if batch_size < processes.count:
-      raise ValueError(
-        f'batch_size={batch_size} cannot be shared by {processes.count} processes: each needs an example of every '
-        f'batch; set batch_size={processes.count} or more'
-      )
+    check_shares(batch_size, processes.count)
     self._index, self._spec, self._seed, self._processes = index, spec, seed, processes
     self._shares = [
       batch_size * (i + 1) // processes.count - batch_size * i // processes.count for i in range(processes.count)
