@@ -58,7 +58,10 @@ class Axis:
     return jax.tree.map(self._sum, tree) if self.mesh else tree
 
   def _sum(self, x: Array, dtype: str = 'float32') -> Array:
-    if x.size <= FEW or self.size == 2:  # of two devices, each has all that it takes after one message
+    if self.size == 2:  # what the other has is all that either needs, and that the bits are the same on both
+      own = bits.stored(x, dtype)
+      return bits.widen(own) + bits.widen(jax.lax.ppermute(own, NAME, [(0, 1), (1, 0)]))
+    if x.size <= FEW:
       return self._add(self._all(bits.stored(x, dtype)))
     flat = jnp.pad(x.reshape(-1), (0, -x.size % self.size))
     whole = self.gather(bits.stored(self.scatter_sum(flat, dtype), dtype))

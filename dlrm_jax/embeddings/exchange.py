@@ -47,12 +47,11 @@ class Distinct(NamedTuple):
 
 
 def capacity(lookups: int, devices: int) -> int:
-  """Things in a box: half the mean, if all were distinct.
+  """Things in a box: 1.4 times the mean of Criteo-like examples; where there are more, there is a second round.
 
-  Of 13,312 lookups of 512 Criteo-like examples a third are, of 53,248 a quarter; with twice as many, there is a second
-  round.
+  Of the 13,312 lookups of 512 examples .36 are distinct, of those of 2048 .26, of 8192 .18: some 3.8 lookups ** .75.
   """
-  return -(-lookups // (2 * devices))
+  return -(-min(lookups, round(5.3 * lookups**0.75)) // devices)
 
 
 def route(axis: Axis, rows: int, row: Int32[Array, 'B columns'], kernels: ExchangeKernels) -> Route:

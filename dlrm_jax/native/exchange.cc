@@ -50,7 +50,9 @@ ffi::Error Meet(ffi::Buffer<ffi::U32> key_in, ffi::Buffer<ffi::U32> feature_in, 
     }
     const uint32_t* own = key + lane * words;
     int32_t& at = places.At(Hash(own, words, feature[lane]), [&](int32_t other) {
-      return std::equal(own, own + words, key + first[other] * words) && feature[first[other]] == feature[lane];
+      const int64_t their = first[other];
+      const uint32_t* theirs = key + their * words;
+      return *own == *theirs && feature[lane] == feature[their] && std::equal(own + 1, own + words, theirs + 1);
     });
     if (at < 0) {
       at = count;
@@ -82,16 +84,24 @@ ffi::Error Meet(ffi::Buffer<ffi::U32> key_in, ffi::Buffer<ffi::U32> feature_in, 
 // Result: of each place the sum of the values of its lanes, as merging.h says.
 ffi::Error Add(ffi::ThreadPool pool, ffi::Buffer<ffi::S32> place_in, ffi::Buffer<ffi::F32> values,
                ffi::ResultBuffer<ffi::F32> out, int64_t leaf) {
+  const int32_t* place = place_in.typed_data();
   const int64_t lanes = place_in.element_count(), places = out->dimensions()[0], dim = out->dimensions()[1];
-  const int64_t parts = dlrm::MergersOf(lanes);
-  float* total = out->typed_data();
-  std::memset(total, 0, out->size_bytes());
+  const int64_t parts = dlrm::PartsOf(pool, lanes);
+  std::memset(out->typed_data(), 0, out->size_bytes());
   dlrm::ParallelFor(pool, parts, [&](int64_t i) {
-    uint32_t* memory = dlrm::Scratch<kAddLists>(dlrm::Part::Words(lanes));
-    const dlrm::Part part = dlrm::FindDistinct(place_in.typed_data(), lanes, places, leaf, i, parts, memory,
-                                               [](int32_t, const dlrm::Part&) {});
+    const int64_t from = i * places / parts, to = (i + 1) * places / parts, most = std::max(lanes, to - from);
+    dlrm::Part part(dlrm::Scratch<kAddLists>(dlrm::Part::Words(most)), most);
+    for (int64_t at = from; at < to; ++at) part.row[part.rows++] = {static_cast<int32_t>(at), -1, -1};
+    int32_t number = 0;
+    int64_t end = leaf;  // of the leaf with that number
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      for (; lane >= end; end += leaf) ++number;
+      if (place[lane] < from || place[lane] >= to) continue;
+      part.lane[part.lanes] = lane;
+      part.sum[part.lanes++] = part.SumOf(part.row[place[lane] - from], number);
+    }
     dlrm::ForSums(part, values.typed_data(), dim, [&](int64_t at, const float* sum, auto n) {
-      std::copy_n(sum, +n, total + part.row[at].number * n);
+      std::copy_n(sum, +n, out->typed_data() + (from + at) * n);
     });
   });
   return ffi::Error::Success();

@@ -69,7 +69,7 @@ inline int64_t MergersOf(int64_t lanes) { return std::clamp<int64_t>(lanes / kLa
 // those of several devices are the same sum.
 struct Part {
   struct Row {
-    int32_t number, newest, leaf;  // its newest partial sum, and the leaf of that
+    int32_t number, newest, leaf;  // its newest partial sum, and the leaf of that; -1: none
   };
   struct Sum {
     int32_t leaf, before;  // the one of the same row before it; -1: none
@@ -81,6 +81,15 @@ struct Part {
   Part(uint32_t* memory, int64_t most)
       : lane(reinterpret_cast<int32_t*>(memory)), sum(lane + most + 1), row(reinterpret_cast<Row*>(sum + most + 1)),
         sums(reinterpret_cast<Sum*>(row + most + 1)) {}
+
+  // To which partial sum lanes of this leaf go: the newest of their row's, or one more.
+  int32_t SumOf(Row& of, int32_t leaf) {
+    if (of.leaf != leaf) {
+      sums[partial] = {leaf, of.newest};
+      of = {of.number, static_cast<int32_t>(partial++), leaf};
+    }
+    return of.newest;
+  }
 
   int32_t *lane, *sum;  // of each lane: its number, and to which partial sum it goes
   Row* row;             // the distinct ones
@@ -112,12 +121,7 @@ Part FindDistinct(const int32_t* row, int64_t lanes, int64_t rows, int64_t leaf_
       part.row[part.rows++] = {own, -1, -1};
       found(own, part);
     }
-    Part::Row& to = part.row[at];
-    if (to.leaf != leaf) {
-      part.sums[part.partial] = {leaf, to.newest};
-      to = {own, static_cast<int32_t>(part.partial++), leaf};
-    }
-    part.sum[i] = to.newest;
+    part.sum[i] = part.SumOf(part.row[at], leaf);
   }
   return part;
 }
@@ -166,13 +170,15 @@ const float* SumOfRow(const Part& part, int64_t place, Size dim, float* sums) {
 
 constexpr int kSumsOfRows = 102;  // of the uses of memory that a thread keeps
 
-// use(place of a row in the part, the sum of its gradients, their number) for each of the part's rows.
+// use(place of a row in the part, the sum of its gradients, their number) for each of the part's rows that has lanes.
 template <typename Use>
 void ForSums(const Part& part, const float* grad, int64_t dim, const Use& use) {
   float* sums = reinterpret_cast<float*>(Scratch<kSumsOfRows>(part.partial * dim));
   AddLanes(part, grad, dim, sums);
   WithDim(dim, [&](auto n) {
-    for (int64_t place = 0; place < part.rows; ++place) use(place, SumOfRow(part, place, n, sums), n);
+    for (int64_t place = 0; place < part.rows; ++place) {
+      if (part.row[place].newest >= 0) use(place, SumOfRow(part, place, n, sums), n);
+    }
   });
 }
 
