@@ -58,9 +58,9 @@ class Axis:
     return jax.tree.map(self._sum, tree) if self.mesh else tree
 
   def _sum(self, x: Array, dtype: str = 'float32') -> Array:
-    if self.size == 2:  # what the other has is all that either needs, and that the bits are the same on both
+    if self.size == 2:  # each has all that it takes after one message
       own = bits.stored(x, dtype)
-      return bits.widen(own) + bits.widen(jax.lax.ppermute(own, NAME, [(0, 1), (1, 0)]))
+      return bits.widen(own) + bits.widen(self._of_other(own))
     if x.size <= FEW:
       return self._add(self._all(bits.stored(x, dtype)))
     flat = jnp.pad(x.reshape(-1), (0, -x.size % self.size))
@@ -105,7 +105,16 @@ class Axis:
 
   def swap(self, x: Array) -> Array:
     """Of each device the part of its leading axis that is for this one, one after another."""
+    if self.size == 2:
+      half = x.shape[0] // 2
+      at = (1 - self.index()) * half  # of what is for the other; what comes from it takes its place
+      theirs = self._of_other(jax.lax.dynamic_slice_in_dim(x, at, half))
+      return jax.lax.dynamic_update_slice_in_dim(x, theirs, at, 0)
     return jax.lax.all_to_all(x, NAME, 0, 0, tiled=True) if self.mesh else x
+
+  def _of_other(self, x: Array) -> Array:
+    """That of the other one of two devices. A swap would copy this one's own as well."""
+    return jax.lax.ppermute(x, NAME, [(0, 1), (1, 0)])
 
   def own(self, x: Array) -> Array:
     """This device's part of the leading axis of what all devices have."""

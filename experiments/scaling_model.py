@@ -6,7 +6,8 @@
 - work: a step of one process that knows of no other, beside as many others as share its machine.
 - tables: by how much the tables' part of a step grows among P devices, measured with P devices in one process. With
   `gather` every device answers the lookups of all, so it grows with P.
-- times: all-to-alls of a step; nothing else is sent. In each a process sends P - 1 messages at once, and waits once.
+- times: all-to-alls of a step, which of two processes are permutes; nothing else is sent. In each a process sends P - 1
+  messages at once, and waits once.
 - sent: (P - 1) / P of what they give.
 - message, byte: what a message and a byte sent cost the cores; from two processes that do nothing else.
 - delay, bandwidth: of the network, one way; of what a process sends.
@@ -28,9 +29,12 @@ COLLECTIVE = re.compile(
 SHAPE = re.compile(r'(\w+)\[([\d,]*)\]')
 COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.-]+) [^\n]*\{\n(.*?)^\}', re.MULTILINE | re.DOTALL)
 CALLED = re.compile(r'(?:body|to_apply|calls)=%?([\w.-]+)')
+# What `Axis` uses, and how often its result counts: a permute's is half of an all-to-all's.
+COUNTS = {'all-to-all': 1, 'collective-permute': 2}
+
 
 class Carried(NamedTuple):
-  """By the all-to-alls of a step."""
+  """By the all-to-alls of a step. A permute of two devices is one without what a device would send to itself."""
 
   times: int
   bytes: int  # of their results
@@ -62,15 +66,15 @@ def count(program: str) -> Carried:
   bodies = {name: body for _, name, body in COMPUTATION.findall(program)}
   (entry,) = [name for is_entry, name, _ in COMPUTATION.findall(program) if is_entry]
 
-  def of(name: str) -> Iterator[str]:
-    """The shapes of results."""
+  def of(name: str) -> Iterator[tuple[str, int]]:
+    """The shapes of results, and how often they count."""
     for line in bodies[name].splitlines():
       if SELDOM in line:
         continue
       for shapes, kind in COLLECTIVE.findall(line):
-        if kind != 'all-to-all':
-          raise ValueError(f'{kind}: the model knows of all-to-alls alone')
-        yield shapes
+        if kind not in COUNTS:
+          raise ValueError(f'{kind}: the model knows of {" and ".join(COUNTS)} alone')
+        yield shapes, COUNTS[kind]
         break
       else:
         for called in CALLED.findall(line):
@@ -78,7 +82,7 @@ def count(program: str) -> Carried:
 
   results = list(of(entry))
   size = lambda number, axes: NUMBER[number] * math.prod(int(axis) for axis in axes.split(',') if axis)
-  return Carried(len(results), sum(size(*shape) for shapes in results for shape in SHAPE.findall(shapes)))
+  return Carried(len(results), sum(n * size(*shape) for shapes, n in results for shape in SHAPE.findall(shapes)))
 
 
 def sent(result: float, processes: int) -> float:
