@@ -33,9 +33,10 @@ FEW = 4096
 class Axis:
   """The devices of a mesh with one axis, in order; without a mesh, one device.
 
-  All words are made of `swap`, in which a device sends to all others at once and waits once. Gloo's sums and gathers go
-  round a ring, in messages that wait for each other, and took up to three times as long. Sums are those of sums.py: if
-  a device has 1, 2, 4, ... leaves of examples, they have the same bits on any number of devices.
+  All words are made of `swap`, in which a device sends to all others at once and waits once; on two devices, of a
+  permute, which copies nothing that stays. Gloo's sums and gathers go round a ring, in messages that wait for each
+  other, and took up to three times as long. Sums are those of sums.py: if a device has 1, 2, 4, ... leaves of examples,
+  they have the same bits on any number of devices.
 
   To differentiate: of what all devices have alike, the gradient is alike on all.
   """
