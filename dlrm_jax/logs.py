@@ -48,12 +48,14 @@ class Records:
   """
 
   def __init__(self, folder: Path | None, step: int) -> None:
-    self._file, self._events = None, None
+    self._file, self._events, self.is_evaluated = None, None, False  # the last: at `step`, before this process
     if folder is None:
       return
     path = folder / 'metrics.jsonl'
     whole = folder / 'metrics.jsonl.tmp'
-    whole.write_text(''.join(line for at, line in _lines(path) if at <= step))
+    kept = [(record, line) for record, line in _lines(path) if record['step'] <= step]
+    self.is_evaluated = any(record['step'] == step and record.get('kind') == 'eval' for record, _ in kept)
+    whole.write_text(''.join(line for _, line in kept))
     whole.replace(path)
     self._file = path.open('a', buffering=1)
     # Not SummaryWriter: if its thread cannot write, it waits for it for ever.
@@ -79,14 +81,14 @@ class Records:
     self._events.flush()
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-  """The records of a file, each with its step."""
+def _lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+  """The records of a file, each with its line."""
   lines = path.read_text(errors='replace').splitlines(keepends=True) if path.exists() else []
   for line in lines:
     with contextlib.suppress(ValueError, KeyError, TypeError):  # a killed process may have left half a line
-      step = json.loads(line)['step']
-      if line.endswith('\n') and isinstance(step, int):
-        yield step, line
+      record = json.loads(line)
+      if line.endswith('\n') and isinstance(record['step'], int):
+        yield record, line
 
 
 class Progress:

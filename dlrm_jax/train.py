@@ -121,6 +121,8 @@ def train_and_evaluate(run: Run) -> Scalars:
     logging.info('already at step %d, the run was to end at step %d: nothing to train', run.step, run.last_step)
   else:
     with StopSignals() as signals:
+      if evaluates_after(spec, run.step) and not of_first(run.records.is_evaluated):
+        evaluation_of(run)  # the run was killed between the checkpoint and this
       train(run, signals)
       run.save()
       run.checkpoints.wait()  # before the evaluation, which may take long and be cut off
@@ -161,7 +163,7 @@ def train(run: Run, signals: 'StopSignals') -> None:
       watchdog.step_done(run.step)
 
       last = run.step == run.last_step
-      save, evaluate = (every(steps, run.step) and not last for steps in (spec.save_steps, spec.eval_every))
+      save = every(spec.save_steps, run.step) and not last
       delta = not (save or last) and deltas.is_due(run.step)
       # In this order: nothing is saved whose loss was not seen to be finite, and it is safe before the slow evaluation.
       if save or delta or last or every(spec.log_every, run.step):
@@ -170,7 +172,7 @@ def train(run: Run, signals: 'StopSignals') -> None:
         if save or delta:
           run.save(changes=delta)
           deltas.restart(run.step)
-        if evaluate and not spec.no_eval:
+        if evaluates_after(spec, run.step) and not last:
           watch.pause(run.state)
           evaluation_of(run)
           watch.go()
@@ -201,6 +203,11 @@ def until_due(run: Run, periods: Sequence[int]) -> int:
 def every(steps: int, step: int) -> bool:
   """Whether something that happens every so many steps (0: never) happens after this one."""
   return steps > 0 and step % steps == 0
+
+
+def evaluates_after(spec: Spec, step: int) -> bool:
+  """Whether an evaluation is due after this step, before the end."""
+  return step > 0 and every(spec.eval_every, step) and not spec.no_eval
 
 
 def log(run: Run, meter: Meter, progress: Progress) -> None:

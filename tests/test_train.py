@@ -361,6 +361,30 @@ def test_evaluation_during_training_changes_nothing(criteo, tmp_path, capsys):
   assert [line['step'] for line in lines if line['kind'] == 'eval'] == [4, 8, 12, 16, 19]
 
 
+def test_an_evaluation_that_was_cut_off_is_made_when_the_run_goes_on(criteo, tmp_path, capsys, monkeypatch):
+  spec = small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'a'), eval_every=4, save_steps=4)
+  evaluation_of = train.evaluation_of
+
+  def cut_off_at_8(job):
+    if job.step == 8:
+      job.checkpoints.wait()
+      raise KeyboardInterrupt
+    return evaluation_of(job)
+
+  monkeypatch.setattr(train, 'evaluation_of', cut_off_at_8)
+  with pytest.raises(KeyboardInterrupt):
+    train.run(spec)
+  monkeypatch.setattr(train, 'evaluation_of', evaluation_of)
+  run(capsys, spec)
+  run(capsys, small_spec(criteo, tmp_path, checkpoint=str(tmp_path / 'b'), eval_every=4))
+  evaluations = [
+    [(line['step'], line['log_loss']) for line in map(json.loads, path.read_text().splitlines()) if 'auc' in line]
+    for path in (tmp_path / 'a/metrics.jsonl', tmp_path / 'b/metrics.jsonl')
+  ]
+  assert [step for step, _ in evaluations[0]] == [4, 8, 12, 16, STEPS]
+  assert evaluations[0] == evaluations[1]
+
+
 def test_divergence_ends_with_advice_and_leaves_no_checkpoint_of_it(criteo, tmp_path):
   fields = {'optimizer__name': 'gradientdescent', 'optimizer__learning_rate': 1e30, 'model__batch_norm': False}
   with pytest.raises(train.TrainingError, match='learning_rate'):
