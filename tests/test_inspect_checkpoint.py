@@ -322,6 +322,7 @@ def test_what_cannot_be_read_is_one_line(runs, tmp_path, capsys):
   assert f'no checkpoint of step 5; there are {STEPS}' in error(folder, '--step', 5)
   assert f'of step {STEPS}, not of 5' in error(checkpoint, '--step', 5)
   assert 'nothing.parquet' in error(folder, '--parquet', tmp_path / 'no' / 'nothing.parquet')
+  assert f'{tmp_path / "empty"} is a folder' in error(folder, '--parquet', tmp_path / 'empty')
   large = [path for path in (checkpoint / 'state').rglob('*') if path.is_file() and path.stat().st_size > 10000]
   for path in large:
     path.write_bytes(path.read_bytes()[:5000])

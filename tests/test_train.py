@@ -420,7 +420,7 @@ def test_timeline_leaves_a_profile(criteo, tmp_path, capsys):
   assert list((tmp_path / 'a/timeline').rglob('*.xplane.pb'))
 
 
-def test_skipped_rows_are_counted(criteo, tmp_path, capsys):
+def test_skipped_rows_are_counted_and_told_once(criteo, tmp_path, capsys, caplog):
   folder = tmp_path / 'bad'
   folder.mkdir()
   lines = (criteo / 'train.csv').read_text().splitlines(keepends=True)
@@ -429,4 +429,6 @@ def test_skipped_rows_are_counted(criteo, tmp_path, capsys):
   (folder / 'eval.csv').write_text((criteo / 'eval.csv').read_text())
   with pytest.raises(DataError, match=r'train\.csv.*line 41'):
     train.run(small_spec(folder, tmp_path / 'o', no_eval=True))
-  assert run(capsys, small_spec(folder, tmp_path / 'o', data__on_bad_row='skip'))['skipped_rows'] == 2
+  assert run(capsys, small_spec(folder, tmp_path / 'o', data__on_bad_row='skip', epochs=3))['skipped_rows'] == 3 * 2
+  told = [message for message in caplog.messages if message.startswith('skipped: ')]
+  assert len(told) == len(set(told)) > 0

@@ -27,6 +27,9 @@ class Export:
     self._writers: dict[bool, parquet.ParquetWriter] = {}
     if path.resolve().is_relative_to(contents.path.resolve()):
       raise OSError(f'{path} is in the folder of the checkpoint, into which nothing is written; choose another')
+    for each in self._paths.values():
+      if each.is_dir():
+        raise OSError(f'{each} is a folder; name a file')
 
   def __enter__(self) -> 'Export':
     return self

@@ -5,6 +5,7 @@ where that refuses is the range looked at line by line (`bad_rows`).
 """
 
 import dataclasses
+import functools
 import logging
 import os
 
@@ -93,13 +94,19 @@ class CsvFile:
       message = f'{self.path}, line {start + bad + 1}, {faults[bad]}'
       if on_bad_row == 'error':
         raise DataError(f"{message} (or set data.on_bad_row='skip' to leave such rows out)")
-      logging.getLogger(__name__).warning('skipped: %s', message)
+      _say_skipped(message)
     if columns is None:
       raise DataError(
         f'{self.path}, lines {start + 1} to {stop}: the CSV reader refuses them together, though each alone is good; '
         'write numbers as plain digits'
       )
     return spread(to_columns(columns), good)
+
+
+@functools.cache
+def _say_skipped(message: str) -> None:
+  """Once, though every epoch finds the row again."""
+  logging.getLogger(__name__).warning('skipped: %s', message)
 
 
 def index_csv(path: str, on_bad_row: str, native: bool = True) -> CsvFile:
